@@ -1,0 +1,267 @@
+"""The guest agent: PID 1 of the VM, root, out of reach of the user's code.
+
+It boots the guest kernel, wakes the machine when it was cloned, passes interrupts on,
+reaps every orphan, and tells the host at once when the guest kernel is gone.  It holds
+the warm parent of every guest kernel: the engine and the recipe's preloads are imported
+here, and a kernel is a fork of this process that gave up its rights.  So a kernel that
+died is replaced in the time of a fork, with the files of the VM as they were.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import platform
+import pwd
+import select
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from vmkernel.guest import wake
+from vmkernel.guest.port import Port, open_port
+from vmkernel.protocol import frames, messages
+
+USER = "user"
+CONFIG = Path("/run/vmkernel/config.json")
+OUTPUT_TAIL = 16 << 10
+PR_SET_DUMPABLE = 4  # prctl(2)
+
+
+class Agent:
+    """The supervisor.  One thread, one poll loop."""
+
+    def __init__(self) -> None:
+        self.port = Port(open_port("agent"))
+        self.kernel_port = open_port("kernel")
+        self.kernel_pid = 0
+        self._outputs: dict[str, int] = {}
+        self._status = -1
+        self._oom_kills = 0
+        self._signal_read, signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(signal_write, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+
+    def send(self, message: messages.FromAgent) -> None:
+        """One message to the host."""
+        self.port.send(messages.encode_json(message))
+
+    def run(self) -> NoReturn:
+        """Boot the engine, then serve the host for ever."""
+        self.send(messages.Hello(os.uname().release, platform.python_version()))
+        try:
+            config = json.loads(CONFIG.read_text())
+            import_engine(config["preload"])
+        except BaseException:
+            self.send(messages.Failed("the guest kernel cannot be imported:\n" + _traceback()))
+            raise
+        self.start_kernel(None)
+        poll = select.poll()
+        poll.register(self.port.fd, select.POLLIN)
+        poll.register(self._signal_read, select.POLLIN)
+        while True:
+            if self._status >= 0:
+                poll.register(self._status, select.POLLIN)
+            for fd, _ in poll.poll():
+                if fd == self._signal_read:
+                    self._reap()
+                elif fd == self._status:
+                    poll.unregister(fd)
+                    self._on_status()
+                elif fd == self.port.fd:
+                    for message in self.port.receive():
+                        self._on_message(message)
+
+    # --- the guest kernel ---
+
+    def start_kernel(self, marker: bytes | None) -> None:
+        """Fork a guest kernel that gives up root.  It reports through a status pipe."""
+        for fd in self._outputs.values():
+            os.close(fd)
+        out, err = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
+        status, status_write = os.pipe2(os.O_CLOEXEC)
+        self._outputs = {"stdout": out[0], "stderr": err[0]}
+        self._oom_kills = oom_kills()
+        gc.collect()
+        gc.freeze()  # the collector must not write to memory that clones share
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os.dup2(out[1], 1)
+                os.dup2(err[1], 2)
+                become_user()
+                run_engine(self.kernel_port, dict(self._outputs), status_write, marker)
+                os._exit(0)
+            except BaseException:
+                os.write(status_write, json.dumps({"error": _traceback()}).encode())
+                os._exit(1)
+        self.kernel_pid = pid
+        for fd in (out[1], err[1], status_write):
+            os.close(fd)
+        self._status = status
+
+    def _on_status(self) -> None:
+        data = b""
+        while chunk := os.read(self._status, 1 << 16):
+            data += chunk
+        os.close(self._status)
+        self._status = -1
+        report = json.loads(data or b'{"error": "it ended before it was ready"}')
+        if "error" in report:
+            self.send(messages.Failed("the guest kernel did not start:\n" + report["error"]))
+        else:
+            self.send(messages.Ready(report))
+
+    def _reap(self) -> None:
+        os.read(self._signal_read, 4096)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self.kernel_pid:
+                self._on_kernel_death(status)
+
+    def _on_kernel_death(self, status: int) -> None:
+        self.kernel_pid = 0
+        killed = os.WIFSIGNALED(status)
+        output = b""
+        for fd in self._outputs.values():
+            os.set_blocking(fd, False)
+            try:
+                while chunk := os.read(fd, 1 << 16):
+                    output = (output + chunk)[-OUTPUT_TAIL:]
+            except BlockingIOError:
+                pass
+        self.send(
+            messages.KernelDied(
+                exit_code=None if killed else os.WEXITSTATUS(status),
+                signal=os.WTERMSIG(status) if killed else None,
+                oom=killed and oom_kills() > self._oom_kills,
+                output=output.decode(errors="replace"),
+            )
+        )
+
+    # --- the host's commands ---
+
+    def _on_message(self, message: bytearray) -> None:
+        call = messages.decode(frames.split(message)[0], messages.Call)
+        try:
+            result = self._perform(call.command) or {}
+            error = ""
+        except Exception as failure:  # whatever it was: the host must hear of it
+            result, error = {}, f"{type(failure).__name__}: {failure}"
+        self.send(messages.Reply(call.id, error, result))
+
+    def _perform(self, command: messages.Command) -> dict[str, Any] | None:
+        match command:
+            case messages.Wake():
+                wake.wake_machine(command.time_ns, command.entropy, command.hostname)
+            case messages.SetClock():
+                wake.set_clock(command.time_ns)
+            case messages.Interrupt():
+                if not self.kernel_pid:
+                    raise ProcessLookupError("there is no guest kernel")
+                os.killpg(self.kernel_pid, signal.SIGINT)
+            case messages.StartKernel():
+                if self.kernel_pid:
+                    raise RuntimeError("the guest kernel is still there")
+                self.start_kernel(command.marker)
+            case messages.Stats():
+                return stats()
+        return None
+
+
+def import_engine(preload: list[str]) -> None:
+    """Import what every guest kernel needs, so that its forks have it."""
+    os.environ["HOME"] = pwd.getpwnam(USER).pw_dir
+    os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
+    importlib.import_module("vmkernel.guest.engine")
+    for name in ("jedi", "IPython.core.pylabtools", "pexpect", *preload):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            if name in preload:
+                raise
+
+
+def become_user() -> None:
+    """Give up root for good, in a session of one's own.  Call in the forked child."""
+    user = pwd.getpwnam(USER)
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    os.setsid()
+    Path("/proc/self/oom_score_adj").write_text("500")
+    os.setgroups([])
+    os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
+    os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)
+    # A process that changed its uid is not dumpable: /proc/self would belong to root
+    ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
+    os.environ.update(USER=USER, LOGNAME=USER, SHELL="/bin/bash", HOME=user.pw_dir)
+    os.umask(0o022)
+    os.chdir(user.pw_dir)
+
+
+def run_engine(port: int, outputs: dict[str, int], status: int, marker: bytes | None) -> None:
+    """Be the guest kernel.  Returns when the user asked it to exit."""
+    from vmkernel.guest.engine import Engine, prepare_user_site
+
+    prepare_user_site()
+    sys.path[:] = ["", *(entry for entry in sys.path if entry not in ("", "/run/vmkernel"))]
+    sys.argv = ["vmkernel"]
+    engine = Engine(port, outputs)
+    if marker is not None:
+        engine.port.resync(marker)
+
+    def on_ready(kernel_info: dict[str, Any]) -> None:
+        os.write(status, json.dumps(kernel_info).encode())
+        os.close(status)
+
+    engine.run(on_ready)
+
+
+def oom_kills() -> int:
+    """How often this guest's kernel has killed a process for lack of memory (proc(5))."""
+    for line in Path("/proc/vmstat").read_text().splitlines():
+        if line.startswith("oom_kill "):
+            return int(line.split()[1])
+    return 0
+
+
+def stats() -> dict[str, Any]:
+    """Load and memory of the guest, bytes."""
+    memory = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, value = line.split(":")
+        memory[name] = int(value.split()[0]) * 1024
+    return {
+        "load": os.getloadavg(),
+        "memory_total": memory["MemTotal"],
+        "memory_available": memory["MemAvailable"],
+    }
+
+
+def _traceback() -> str:
+    return traceback.format_exc()[-OUTPUT_TAIL:]
+
+
+def main() -> NoReturn:
+    """PID 1.  Whatever goes wrong is printed to the console, and the VM ends."""
+    try:
+        Path("/proc/self/oom_score_adj").write_text("-1000")
+        Agent().run()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    os.sync()
+    os._exit(1)  # the kernel panics when PID 1 ends: QEMU exits, and the host is told

@@ -1,0 +1,322 @@
+"""The Python engine: an IPythonKernel whose ZeroMQ is replaced by the port.
+
+ipykernel does what a Jupyter kernel does; this module gives it another way in and out.
+Requests come one after another from the host, which keeps the queue; outputs and replies
+go out through :class:`PortSession`, batched into one write per request where that costs
+no liveness.  There is one event loop, in the main thread, and one helper thread
+(:mod:`vmkernel.guest.streams`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import json
+import os
+import signal
+import site
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ipykernel.debugger
+import msgspec
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.jsonutil import json_clean
+from jupyter_client.session import Session, extract_header, json_default
+from traitlets.config import Config
+
+from vmkernel.errors import ProtocolError
+from vmkernel.guest.port import Interrupts, Port
+from vmkernel.guest.streams import OutputPump, PortStream
+from vmkernel.guest.wake import reseed_process
+from vmkernel.protocol import frames, messages
+
+# The debugger needs a control thread of its own; a later version brings it.
+ipykernel.debugger._is_debugpy_available = False
+
+_encode = msgspec.json.Encoder(enc_hook=json_default, decimal_format="number").encode
+
+
+class PortSession(Session):
+    """A Jupyter session that hands messages to the port instead of signing them."""
+
+    port: Port
+    owner_pid: int
+
+    def send(  # type: ignore[override]
+        self,
+        stream: Any,
+        msg_or_type: dict[str, Any] | str,
+        content: dict[str, Any] | None = None,
+        parent: dict[str, Any] | None = None,
+        ident: Any = None,
+        buffers: list[Any] | None = None,
+        track: bool = False,
+        header: dict[str, Any] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any] | None:
+        """Queue a message for the host.  ``stream`` is the channel's name.
+
+        Returns the message, as the base class does, or None in a forked child, which has
+        no port of its own.
+        """
+        if os.getpid() != self.owner_pid:
+            return None
+        if isinstance(msg_or_type, dict):
+            message = msg_or_type
+            buffers = buffers or message.get("buffers")
+        else:
+            message = {
+                "header": header or {"msg_type": msg_or_type},
+                "msg_type": msg_or_type,
+                "parent_header": extract_header(parent) if parent else {},
+                "content": content or {},
+                "metadata": metadata or {},
+            }
+        parent_id = message["parent_header"].get("msg_id", "")
+        body = [
+            stream,
+            message["header"]["msg_type"],
+            parent_id,
+            message["metadata"],
+            message["content"],
+        ]
+        self.port.queue(encode_body(body), tuple(buffers or ()))
+        return message
+
+
+def encode_body(body: list[Any]) -> bytes:
+    """A message's body as JSON, whatever user code put into it."""
+    try:
+        return _encode(body)
+    except (TypeError, ValueError, UnicodeEncodeError, OverflowError):
+        # Lone surrogates, keys that are no strings, numpy scalars: as jupyter_client does.
+        text = json.dumps(json_clean(body), default=json_default, ensure_ascii=False)
+        return text.encode("utf-8", errors="backslashreplace")
+
+
+class PortKernel(IPythonKernel):
+    """IPythonKernel, fed from the port."""
+
+    implementation = "vmsandbox"
+    _execute_sleep = 0
+    interrupts: Interrupts
+    port: Port
+    wake_input: Any = None
+
+    @contextmanager
+    def _cancel_on_sigint(self, future: asyncio.Future[Any]) -> Iterator[None]:
+        """Cancel a top-level await on SIGINT, also when the loop sleeps (ipykernel#881)."""
+        loop = asyncio.get_running_loop()
+        previous = signal.signal(
+            signal.SIGINT, lambda *_: loop.call_soon_threadsafe(future.cancel) and None
+        )
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, previous)
+
+    def _input_request(
+        self, prompt: str, ident: Any, parent: dict[str, Any], password: bool = False
+    ) -> str:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        content = {"prompt": prompt, "password": password}
+        self.session.send("stdin", "input_request", content, parent)
+        self.port.flush()
+        try:
+            value: str = self.wake_input()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("Interrupted by user") from None
+        if value == "\x04":
+            raise EOFError
+        return value
+
+
+class Engine:
+    """One guest kernel: owns the port, serves requests in order."""
+
+    def __init__(self, port_fd: int, output_fds: dict[str, int]) -> None:
+        self.interrupts = Interrupts()
+        self.port = Port(port_fd, self.interrupts)
+        self.pump = OutputPump(output_fds, self.port.flush)
+        self._requests: list[tuple[messages.ToGuest, list[memoryview]]] = []
+        self._inputs: list[str] = []
+        self._awake = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._lock = asyncio.Lock()
+        self._build_kernel()
+
+    # --- start ---
+
+    def _build_kernel(self) -> None:
+        PortSession.port = self.port
+        PortSession.owner_pid = os.getpid()
+        session = PortSession(username="user")
+        for name, fd in (("stdout", 1), ("stderr", 2)):
+            publish = functools.partial(self._publish_stream, session)
+            stream = PortStream(name, fd, publish, self.pump)
+            self.pump.streams[name] = stream
+            setattr(sys, name, stream)
+        config = Config()
+        config.HistoryManager.hist_file = ":memory:"
+        # What plain ipykernel's app sets up (ipykernel.kernelapp, init_shell and friends)
+        config.IPKernelApp.connection_file = ""
+        self.kernel = PortKernel(session=session, config=config, user_ns=None)
+        self.kernel.iopub_socket = "iopub"
+        self.kernel.interrupts = self.interrupts
+        self.kernel.port = self.port
+        self.kernel.wake_input = self._wait_for_input
+        shell = self.kernel.shell
+        shell.displayhook.pub_socket = "iopub"
+        shell.display_pub.pub_socket = "iopub"
+        shell.configurables.append(self.kernel)
+        # The kernel's own names must not show up in %who
+        shell.user_ns_hidden.update(shell.user_ns)
+
+    @staticmethod
+    def _publish_stream(session: PortSession, name: str, text: str, parent: dict[str, Any]) -> None:
+        message = {"parent_header": parent, "metadata": {}, "header": {"msg_type": "stream"}}
+        message["content"] = {"name": name, "text": text}
+        session.send("iopub", message)
+
+    def run(self, on_ready: Any) -> None:
+        """Serve until the process ends.  ``on_ready(kernel_info)`` is called once."""
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        self.interrupts.install()
+        self.pump.start()
+        loop.add_reader(self.port.fd, self._on_readable)
+        loop.call_soon(self._warm_up, on_ready)
+        while True:
+            try:
+                loop.run_forever()
+                break
+            except KeyboardInterrupt:
+                continue  # an interrupt that came too late for its cell
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.port.flush()
+
+    def _warm_up(self, on_ready: Any) -> None:
+        from tornado import ioloop
+
+        self.kernel.io_loop = ioloop.IOLoop.current()
+        asyncio.get_running_loop().create_task(self._warm_up_cells(on_ready))
+
+    async def _warm_up_cells(self, on_ready: Any) -> None:
+        await self._run_silently("1+1")
+        on_ready({"status": "ok", **self.kernel.kernel_info})
+
+    async def _run_silently(self, code: str) -> None:
+        """Run a cell as a request does, without a trace: its code paths are warm then."""
+        kernel = self.kernel
+        kernel.set_parent([], {"header": {}}, "shell")
+        await kernel.do_execute(code, True, store_history=False)
+        _, self.port._queued, self.port._queued_bytes = self.port._queued, [], 0
+
+    # --- requests ---
+
+    def _on_readable(self) -> None:
+        self._receive()
+        while self._requests:
+            request, buffers = self._requests.pop(0)
+            task = asyncio.get_running_loop().create_task(self._serve(request, buffers))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _receive(self) -> None:
+        for message in self.port.receive():
+            body, buffers = frames.split(message)
+            request = messages.decode(body, messages.ToGuest)
+            if request.channel == "stdin":
+                content = msgspec.json.decode(request.content, type=dict[str, Any])
+                self._inputs.append(str(content.get("value", "")))
+            else:
+                self._requests.append((request, buffers))
+
+    def _wait_for_input(self) -> str:
+        self._inputs.clear()  # what was typed for an earlier, interrupted question
+        while not self._inputs:
+            self.port.wait()
+            self._receive()
+        if self._requests:  # arrived meanwhile; served when this cell is done
+            asyncio.get_running_loop().call_soon(self._on_readable)
+        return self._inputs.pop(0)
+
+    async def _serve(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+        async with self._lock:
+            if request.msg_type == "wake_request":
+                await self._wake(request)
+                return
+            if not self._awake:
+                raise ProtocolError("a request before the wake-up")
+            await self._serve_jupyter(request, buffers)
+
+    async def _serve_jupyter(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+        kernel = self.kernel
+        header = msgspec.json.decode(request.header)
+        message = {
+            "header": header,
+            "msg_id": request.msg_id,
+            "msg_type": request.msg_type,
+            "parent_header": {},
+            "metadata": msgspec.json.decode(request.metadata),
+            "content": msgspec.json.decode(request.content),
+            "buffers": buffers,
+        }
+        try:
+            kernel.set_parent([], message, "shell")
+            handler = kernel.shell_handlers.get(request.msg_type)
+            if handler is not None:
+                self.interrupts.armed = True
+                result = handler(request.channel, [], message)
+                if inspect.isawaitable(result):
+                    await result
+        except KeyboardInterrupt:
+            pass
+        except Exception:
+            traceback.print_exc()
+        finally:
+            self.interrupts.armed = False
+            if kernel.get_parent("shell").get("msg_id") != request.msg_id:
+                kernel.set_parent([], message, "shell")
+            sys.stdout.flush()
+            sys.stderr.flush()
+            kernel.session.send("iopub", "status", {"execution_state": "idle"}, message)
+            self.port.flush()
+
+    async def _wake(self, request: messages.ToGuest) -> None:
+        content = messages.decode(bytes(request.content), messages.WakeKernel)
+        reseed_process(content.entropy)
+        os.environ.update(content.env)
+        os.environ.pop("TZ", None) if not content.env.get("TZ") else None
+        time.tzset()
+        if content.cwd:
+            try:
+                os.chdir(content.cwd)
+            except OSError:
+                pass  # the directory is not in the guest: cells start in the user's home
+        name = os.environ.get("JPY_SESSION_NAME")
+        if name:
+            self.kernel.shell.user_ns["__session__"] = name
+        await self._run_silently("1+1")
+        self._awake = True
+        self.kernel.session.send(
+            request.channel, "wake_reply", {"status": "ok"}, {"header": {"msg_id": request.msg_id}}
+        )
+        self.port.flush()
+
+
+def prepare_user_site() -> None:
+    """Let packages that the user installs with ``pip install --user`` be imported."""
+    site.ENABLE_USER_SITE = True
+    site.USER_BASE = site.USER_SITE = None
+    directory = site.getusersitepackages()
+    os.makedirs(directory, exist_ok=True)
+    site.addsitedir(directory)

@@ -1,0 +1,207 @@
+"""stdout and stderr of the guest kernel, published as ``stream`` messages.
+
+Three sources end up in the same place: Python's ``sys.stdout``, the file descriptors 1
+and 2 (subprocesses and C code write there), and processes that the user's code forked.
+Output is coalesced as ipykernel does, since Jupyter servers drop messages above 1,000 a
+second: it is published when the cell ends, when enough has come together, or
+``FLUSH_INTERVAL`` after it was written, whichever is first.  One thread serves both the
+timer and the descriptors, and sleeps while nothing is written.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import fcntl
+import os
+import select
+import signal
+import struct
+import termios
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from ipykernel.iostream import OutStream
+
+FLUSH_INTERVAL = 0.1
+"""Seconds that output waits for more of its kind while a cell runs."""
+FLUSH_CHARACTERS = 256 << 10
+"""Publish at once when this much has come together."""
+READ_SIZE = 64 << 10
+
+Publish = Callable[[str, str, dict[str, Any]], None]
+"""publish(name, text, parent header)"""
+
+
+class PortStream(OutStream):
+    """``sys.stdout`` or ``sys.stderr`` of the guest kernel.
+
+    Derived from ipykernel's OutStream for its public face (parent headers, hooks,
+    ``isinstance`` checks in other libraries); what it does with text is its own.
+    """
+
+    def __init__(self, name: str, fd: int, publish: Publish, pump: OutputPump) -> None:
+        self.name = name
+        self.session = None
+        self.echo = None
+        self._fid = None
+        self._exc = None
+        self._should_watch = False
+        self._isatty = False
+        self._fd = fd
+        self._publish = publish
+        self._pump = pump
+        self._master_pid = os.getpid()
+        self._local = threading.local()
+        self._parent_header = contextvars.ContextVar("parent_header")
+        self._parent_header.set({})
+        self._parent_header_global: dict[str, Any] = {}
+        self._lock = threading.RLock()
+        self._texts: list[str] = []
+        self._size = 0
+        self._parent: dict[str, Any] = {}
+
+    def fileno(self) -> int:
+        """The descriptor behind this stream: what is written there is published too."""
+        return self._fd
+
+    @property
+    def closed(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        """Publish what is left; the stream stays usable, as the kernel needs it."""
+        self.flush()
+
+    def write(self, string: str) -> int:
+        """Add text to what will be published; under the cell that is current here."""
+        if not isinstance(string, str):
+            raise TypeError(f"write() argument must be str, not {type(string)}")
+        if os.getpid() != self._master_pid:
+            # A forked child has no port: its parent reads the descriptor.
+            data = string.encode(errors="surrogateescape")
+            while data:
+                data = data[os.write(self._fd, data) :]
+            return len(string)
+        if string:
+            self.add(string, self.parent_header)
+        return len(string)
+
+    def add(self, text: str, parent: dict[str, Any]) -> None:
+        """Add text that belongs to the request with header ``parent``."""
+        with self._lock:
+            if self._texts and parent is not self._parent and parent != self._parent:
+                self.flush_buffer()
+            first = not self._texts
+            self._parent = parent
+            self._texts.append(text)
+            self._size += len(text)
+            if self._size >= FLUSH_CHARACTERS:
+                self.flush_buffer()
+            elif first:
+                self._pump.wake()
+
+    def flush(self) -> None:
+        """Publish now what was written, by way of the descriptor too."""
+        if os.getpid() != self._master_pid:
+            return
+        self._pump.drain()
+        self.flush_buffer()
+
+    def flush_buffer(self) -> None:
+        """Publish now what is in the buffer."""
+        with self._lock:
+            if not self._texts:
+                return
+            text = "".join(self._texts)
+            parent = self._parent
+            self._texts = []
+            self._size = 0
+            self._publish(self.name, text, parent)
+
+
+class OutputPump:
+    """Reads descriptors 1 and 2, and publishes buffered output in time."""
+
+    def __init__(self, read_fds: dict[str, int], flush_port: Callable[[], None]) -> None:
+        self._fds = read_fds
+        self._flush_port = flush_port
+        self.streams: dict[str, PortStream] = {}
+        self._lock = threading.Lock()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._awake = False
+        self._partial = dict.fromkeys(read_fds, b"")
+        for fd in read_fds.values():
+            os.set_blocking(fd, False)
+
+    def start(self) -> None:
+        """Start the thread."""
+        threading.Thread(target=self._run, name="vmkernel output", daemon=True).start()
+
+    def wake(self) -> None:
+        """There is something to publish soon."""
+        if not self._awake:
+            self._awake = True
+            os.eventfd_write(self._event, 1)
+
+    def drain(self) -> None:
+        """Move what the descriptors hold into the streams' buffers."""
+        for name, fd in self._fds.items():
+            if _readable(fd):
+                self._read(name, fd)
+
+    def _read(self, name: str, fd: int) -> None:
+        stream = self.streams[name]
+        while True:
+            with self._lock:
+                try:
+                    data = os.read(fd, READ_SIZE)
+                except BlockingIOError:
+                    return
+                if not data:
+                    return
+                data = self._partial[name] + data
+                end = _whole_characters(data)
+                self._partial[name] = data[end:]
+                stream.add(data[:end].decode(errors="replace"), stream._parent_header_global)
+            if len(data) < READ_SIZE and not _readable(fd):
+                return
+
+    def _run(self) -> None:
+        # SIGINT is for the main thread: here it would only cut a read short.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        poll = select.poll()
+        names = {fd: name for name, fd in self._fds.items()}
+        for fd in (*names, self._event):
+            poll.register(fd, select.POLLIN)
+        while True:
+            for fd, _ in poll.poll():
+                if fd in names:
+                    self._read(names[fd], fd)
+            time.sleep(FLUSH_INTERVAL)
+            try:
+                os.eventfd_read(self._event)
+            except BlockingIOError:
+                pass
+            self._awake = False
+            for stream in self.streams.values():
+                stream.flush_buffer()
+            self._flush_port()
+
+
+def _readable(fd: int) -> bool:
+    """Whether a pipe holds bytes (FIONREAD, pipe(7)): cheaper than a read that fails."""
+    (size,) = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
+    return bool(size)
+
+
+def _whole_characters(data: bytes) -> int:
+    """The length of ``data`` without an unfinished UTF-8 character at its end."""
+    for back in range(1, min(4, len(data)) + 1):
+        byte = data[-back]
+        if byte & 0xC0 == 0x80:
+            continue
+        need = 2 if byte >> 5 == 6 else 3 if byte >> 4 == 14 else 4 if byte >> 3 == 30 else 1
+        return len(data) - back if need > back else len(data)
+    return len(data)

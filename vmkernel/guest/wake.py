@@ -1,0 +1,60 @@
+"""Making a clone different from its twins, before any user code runs (DESIGN 4.2).
+
+Clones of one template start with the same memory: the same clock, the same kernel random
+pool, the same state in every generator that was seeded before the template was saved.
+The agent (root) mends what the guest's kernel holds, the guest kernel what it holds itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import random
+import socket
+import struct
+import sys
+import tempfile
+import time
+
+# linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07)
+RNDADDENTROPY = 0x40085203
+RNDRESEEDCRNG = 0x5207
+
+
+def wake_machine(time_ns: int, entropy: bytes, hostname: str) -> None:
+    """Give this VM its own clock, kernel entropy and name.  Needs root; raises OSError."""
+    set_clock(time_ns)
+    with open("/dev/urandom", "rb", buffering=0) as device:
+        header = struct.pack("ii", len(entropy) * 8, len(entropy))
+        fcntl.ioctl(device, RNDADDENTROPY, header + entropy)
+        fcntl.ioctl(device, RNDRESEEDCRNG)
+    socket.sethostname(hostname)
+
+
+def set_clock(time_ns: int) -> None:
+    """Step CLOCK_REALTIME (clock_settime(2))."""
+    time.clock_settime_ns(time.CLOCK_REALTIME, time_ns)
+
+
+def reseed_process(entropy: bytes) -> None:
+    """Reseed every generator of this process that a twin would share.
+
+    Library state is only touched where the library is loaded already: one that is imported
+    later seeds itself from the kernel.
+    """
+    random.seed(entropy)
+    # tempfile keeps a private Random for names, made at first use
+    tempfile._name_sequence = None  # type: ignore[attr-defined]
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed(list(struct.unpack("<16I", entropy[:64])))
+    ssl = sys.modules.get("ssl")
+    if ssl is not None:
+        ssl.RAND_add(entropy, float(len(entropy)))
+    uuid = sys.modules.get("uuid")
+    if uuid is not None:
+        uuid._last_timestamp = None
+        uuid._node = None  # uuid1's node is random where there is no network card
+    secrets = sys.modules.get("secrets")
+    if secrets is not None:
+        secrets._sysrand = random.SystemRandom()
+

@@ -1,0 +1,178 @@
+"""What travels in the frames: the bodies of the messages on the two ports.
+
+**Port "kernel"** carries Jupyter requests to the guest kernel and its answers back
+(https://jupyter-client.readthedocs.io/en/stable/messaging.html).  The guest never sends
+a Jupyter *header*: it names the request it answers by msg_id, and the host, which still
+has that request, builds and signs header and parent header itself.  So a guest cannot
+forge a parent, a session or a date, and it has less to do.
+
+**Port "agent"** carries commands to the guest agent (PID 1), its replies and its events.
+
+Bodies are JSON arrays or tagged objects, decoded strictly by msgspec: a wrong type, a
+missing or an unknown field is a ProtocolError, never a surprise further in.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from vmkernel.errors import ProtocolError
+from vmkernel.protocol import frames
+
+ShortStr = Annotated[str, msgspec.Meta(max_length=1024)]
+T = TypeVar("T")
+
+# --- port "kernel" -------------------------------------------------------------------
+
+
+class ToGuest(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """A front end's request, or an ``input_reply``, on its way to the guest kernel."""
+
+    channel: Literal["shell", "control", "stdin"]
+    msg_id: str
+    msg_type: str
+    header: msgspec.Raw
+    metadata: msgspec.Raw
+    content: msgspec.Raw
+
+
+class FromGuest(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """A reply (channel of the request), an ``input_request`` (stdin) or an output (iopub).
+
+    ``parent_id`` is the msg_id of the request it belongs to, "" when there is none.
+    """
+
+    channel: Literal["shell", "control", "stdin", "iopub"]
+    msg_type: ShortStr
+    parent_id: ShortStr
+    metadata: dict[str, Any]
+    content: dict[str, Any]
+
+
+class WakeKernel(msgspec.Struct, forbid_unknown_fields=True):
+    """Content of the first request to a guest kernel, ``wake_request`` on control.
+
+    ``entropy`` reseeds the process's own generators; ``env`` is added to its environment;
+    ``cwd`` is entered when it exists.  No other request is served before it.
+    """
+
+    entropy: bytes
+    env: dict[str, str]
+    cwd: str
+
+
+# --- port "agent" --------------------------------------------------------------------
+
+
+class Wake(msgspec.Struct, tag="wake", forbid_unknown_fields=True):
+    """The first message to a fresh clone: what makes it differ from its twins.
+
+    ``time_ns`` is CLOCK_REALTIME of the host, ns since the epoch; ``entropy`` 64 random bytes.
+    """
+
+    time_ns: int
+    entropy: bytes
+    hostname: str
+
+
+class SetClock(msgspec.Struct, tag="set_clock", forbid_unknown_fields=True):
+    """Step the guest's CLOCK_REALTIME (after the host was suspended)."""
+
+    time_ns: int
+
+
+class Interrupt(msgspec.Struct, tag="interrupt", forbid_unknown_fields=True):
+    """SIGINT to the guest kernel's process group."""
+
+
+class StartKernel(msgspec.Struct, tag="start_kernel", forbid_unknown_fields=True):
+    """Replace a dead guest kernel; both directions of port "kernel" begin with ``marker``."""
+
+    marker: bytes
+
+
+class Stats(msgspec.Struct, tag="stats", forbid_unknown_fields=True):
+    """Ask for the guest's load and memory."""
+
+
+Command = Wake | SetClock | Interrupt | StartKernel | Stats
+
+
+class Call(msgspec.Struct, forbid_unknown_fields=True):
+    """A command with the number that its reply will carry."""
+
+    id: int
+    command: Command
+
+
+class Hello(msgspec.Struct, tag="hello", forbid_unknown_fields=True):
+    """The agent runs: the guest booted.  Proof enough that an accelerator works."""
+
+    kernel_release: ShortStr
+    python: ShortStr
+
+
+class Ready(msgspec.Struct, tag="ready", forbid_unknown_fields=True):
+    """The guest kernel is warm and waits: the moment at which a template is saved.
+
+    ``kernel_info`` is the content of its kernel_info_reply, which the host serves from
+    then on, so that a front end need not wait for a VM.
+    """
+
+    kernel_info: dict[str, Any]
+
+
+class KernelDied(msgspec.Struct, tag="kernel_died", forbid_unknown_fields=True):
+    """The guest kernel ended by itself.
+
+    ``signal`` or ``exit_code`` tells how; ``oom`` is true when the guest ran out of
+    memory; ``output`` is what it had written to its stdout and stderr and nobody read.
+    """
+
+    exit_code: int | None
+    signal: int | None
+    oom: bool
+    output: Annotated[str, msgspec.Meta(max_length=65536)]
+
+
+class Failed(msgspec.Struct, tag="failed", forbid_unknown_fields=True):
+    """The agent cannot bring the guest up; ``reason`` is for people."""
+
+    reason: Annotated[str, msgspec.Meta(max_length=65536)]
+
+
+class Reply(msgspec.Struct, tag="reply", forbid_unknown_fields=True):
+    """The answer to the Call with this ``id``.  ``error`` is "" when it went well."""
+
+    id: int
+    error: Annotated[str, msgspec.Meta(max_length=65536)] = ""
+    result: dict[str, Any] = {}
+
+
+FromAgent = Hello | Ready | KernelDied | Failed | Reply
+
+
+# --- codecs --------------------------------------------------------------------------
+
+encode_json = msgspec.json.Encoder(decimal_format="number").encode
+
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+
+
+def decode(body: frames.Piece, kind: type[T]) -> T:
+    """The body as ``kind``.  Raises ProtocolError when it is anything else."""
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.json.Decoder(kind)
+    try:
+        value: T = decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ProtocolError(f"a malformed message: {error}") from error
+    return value
+
+
+def decode_from_agent(body: frames.Piece) -> FromAgent:
+    """One message of the agent.  Raises ProtocolError."""
+    return decode(body, FromAgent)  # type: ignore[arg-type]
