@@ -1,0 +1,338 @@
+"""Every setting, in one typed place: `Settings`, and where its values come from.
+
+A value is taken from the last of these that has one:
+
+1. the default below,
+2. ``/etc/vmkernel/config.toml`` (the administrator's),
+3. ``$XDG_CONFIG_HOME/vmkernel/config.toml`` (the user's; ``~/.config`` when unset),
+4. an option in the kernelspec (``--memory=4G``), handed in as *overrides*,
+5. the environment variable ``VMKERNEL_<NAME>``; an empty one counts as unset.
+
+Floor 2. This module lies on the kernel's start path: it imports msgspec, which is there anyway,
+and reads the environment and the disk only when `load_settings` or `Settings` is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from vmkernel.errors import SettingsError
+from vmkernel.values import (
+    absolute_path,
+    choice,
+    count,
+    duration,
+    optional_duration,
+    program,
+    recipe_name,
+    size,
+)
+
+Accelerator = Literal["auto", "kvm", "tcg"]
+OutputPolicy = Literal["trusted"]
+
+SYSTEM_CONFIG = Path("/etc/vmkernel/config.toml")
+ENVIRONMENT_PREFIX = "VMKERNEL_"
+
+# Stands for "beside the other sockets"; __post_init__ puts the real path in its place.
+_IN_RUNTIME_DIR = Path()
+
+
+def _outputs(value: object) -> str:
+    if isinstance(value, str) and value.strip().lower() == "safe":
+        raise ValueError(
+            "this version has no output filter yet, so 'safe' would be a false promise"
+        )
+    return choice("trusted")(value)
+
+
+class Field(NamedTuple):
+    """What is known of one setting besides its type and default."""
+
+    parse: Callable[[object], Any]
+    allowed: str
+    meaning: str
+
+
+_ABSOLUTE = "an absolute path (a leading ~ is the home directory)"
+_DURATION = "seconds above 0, or a number with s, m or h"
+
+FIELDS: dict[str, Field] = {
+    "recipe": Field(
+        recipe_name,
+        "a recipe's name: lower-case letters, digits, '.', '_', '-' (`vmkernel image list`)",
+        "Which guest image a kernel starts from.",
+    ),
+    "memory": Field(size(64, 1024**2), "64M to 1T; a plain number is MiB", "Memory of one VM."),
+    "vcpus": Field(count(1, 64), "a whole number from 1 to 64", "Virtual processors of one VM."),
+    "scratch_size": Field(
+        size(64, 64 * 1024**2),
+        "64M to 64T; a plain number is MiB",
+        "Size of a VM's disk for all that is written in it; sparse, gone with the VM.",
+    ),
+    "accelerator": Field(
+        choice("auto", "kvm", "tcg"),
+        "auto, kvm or tcg",
+        "How QEMU runs the guest: `kvm` by the processor, `tcg` by emulation; `auto` takes KVM "
+        "only after a guest has really booted with it.",
+    ),
+    "outputs": Field(
+        _outputs, "trusted", "What a notebook shows of the guest's outputs: `trusted` is all."
+    ),
+    "max_concurrent_vms": Field(
+        count(1, 4096),
+        "a whole number from 1 to 4096",
+        "How many VMs may exist at once among all who share `semaphore_file`; "
+        "unset: twice the host's GiB of memory, at least 2, at most 256.",
+    ),
+    "max_concurrent_boots": Field(
+        count(1, 64),
+        "a whole number from 1 to 64",
+        "How many of them may boot from cold (build a template) at once.",
+    ),
+    "semaphore_file": Field(
+        absolute_path,
+        _ABSOLUTE,
+        "The file whose byte locks are the VM slots; one for a host when an administrator sets it "
+        "in /etc. Unset: `slots` in `runtime_dir`.",
+    ),
+    "queue_timeout": Field(
+        optional_duration,
+        "seconds, a number with s, m or h, or none",
+        "How long a kernel waits for a slot; `none` is for ever, 0 not at all.",
+    ),
+    "start_timeout": Field(duration, _DURATION, "How long a clone may take until it is ready."),
+    "boot_timeout": Field(duration, _DURATION, "How long a cold boot of a template may take."),
+    "console_log_size": Field(
+        size(1, 1024), "1M to 1G; a plain number is MiB", "How much of a VM's console is kept."
+    ),
+    "qemu": Field(program, "a program on PATH, or its path", "The QEMU system emulator."),
+    "images_dir": Field(absolute_path, _ABSOLUTE, "Where guest images lie."),
+    "cache_dir": Field(
+        absolute_path, _ABSOLUTE, "Where memory templates and remembered verdicts lie."
+    ),
+    "runtime_dir": Field(
+        absolute_path,
+        _ABSOLUTE,
+        "Sockets and records of running VMs; private to the user (mode 0700).",
+    ),
+    "state_dir": Field(absolute_path, _ABSOLUTE, "Logs: each VM's console, QEMU's own words."),
+    "log_level": Field(
+        choice("debug", "info", "warning", "error"),
+        "debug, info, warning or error",
+        "How much the kernel tells on its standard error (the Jupyter server's log).",
+    ),
+}
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings in force; `FIELDS` says what each means. Sizes in MiB, times in seconds.
+
+    Raises:
+        SettingsError: a value is not allowed.
+    """
+
+    recipe: str = "datascience"
+    memory: int = 2048
+    vcpus: int = 1
+    scratch_size: int = 8192
+    accelerator: Accelerator = "auto"
+    outputs: OutputPolicy = "trusted"
+    max_concurrent_vms: int = msgspec.field(default_factory=lambda: default_vm_limit())  # noqa: PLW0108 - defined below
+    max_concurrent_boots: int = 1
+    semaphore_file: Path = _IN_RUNTIME_DIR
+    queue_timeout: float | None = None
+    start_timeout: float = 60.0
+    boot_timeout: float = 240.0
+    console_log_size: int = 1
+    qemu: str = "qemu-system-x86_64"
+    images_dir: Path = msgspec.field(default_factory=lambda: default_dir("images_dir", os.environ))
+    cache_dir: Path = msgspec.field(default_factory=lambda: default_dir("cache_dir", os.environ))
+    runtime_dir: Path = msgspec.field(
+        default_factory=lambda: default_dir("runtime_dir", os.environ)
+    )
+    state_dir: Path = msgspec.field(default_factory=lambda: default_dir("state_dir", os.environ))
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        """Check what was handed in directly, by the same rules as what was read."""
+        if self.semaphore_file == _IN_RUNTIME_DIR:
+            msgspec.structs.force_setattr(self, "semaphore_file", self.runtime_dir / "slots")
+        for name, field in FIELDS.items():
+            value = getattr(self, name)
+            parsed = _parse(name, field, value, "the program")
+            if parsed is not value:
+                msgspec.structs.force_setattr(self, name, parsed)
+
+
+def default_vm_limit() -> int:
+    """How many VMs this host bears when nobody said: an idle clone costs far below 512 MiB."""
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 2
+    return max(2, min(256, 2 * memory // 1024**3))
+
+
+def default_dir(name: str, environ: Mapping[str, str]) -> Path:
+    """The default of a directory setting, by the XDG base directory specification.
+
+    Relative values of ``XDG_…`` are ignored, as the specification asks.
+    """
+    variable, fallback, below = {
+        "images_dir": ("XDG_DATA_HOME", ".local/share", "vmkernel/images"),
+        "cache_dir": ("XDG_CACHE_HOME", ".cache", "vmkernel"),
+        "state_dir": ("XDG_STATE_HOME", ".local/state", "vmkernel"),
+        "config_dir": ("XDG_CONFIG_HOME", ".config", "vmkernel"),
+        "runtime_dir": ("XDG_RUNTIME_DIR", "", "vmkernel"),
+    }[name]
+    base = environ.get(variable, "")
+    if base.startswith("/"):
+        return Path(base, below)
+    if name == "runtime_dir":
+        # Predictable on purpose (every process of the user must find it), so whoever uses it
+        # calls ensure_private_dir first: in /tmp somebody else may have been there before.
+        return Path(f"/tmp/vmkernel-{os.getuid()}")  # noqa: S108
+    home = environ.get("HOME", "") or os.path.expanduser("~")  # noqa: PTH111
+    return Path(home, fallback, below)
+
+
+class LoadedSettings(NamedTuple):
+    """Settings, and for each one that is not the default, where its value came from."""
+
+    settings: Settings
+    sources: dict[str, str]
+
+
+def load_settings(
+    overrides: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    system_config: Path = SYSTEM_CONFIG,
+) -> Settings:
+    """The settings in force, from every source in the order that the module's docstring tells.
+
+    *overrides* are kernelspec options (name to text), *environ* stands for ``os.environ``.
+
+    Raises:
+        SettingsError: a value is not allowed, a name is unknown, or a file cannot be read.
+    """
+    return load_settings_with_sources(overrides, environ, system_config=system_config).settings
+
+
+def load_settings_with_sources(
+    overrides: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] | None = None,
+    *,
+    system_config: Path = SYSTEM_CONFIG,
+) -> LoadedSettings:
+    """As `load_settings`, and tells where each value came from."""
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {
+        name: default_dir(name, environ)
+        for name in ("images_dir", "cache_dir", "runtime_dir", "state_dir")
+    }
+    sources: dict[str, str] = {}
+
+    def take(name: str, value: object, source: str) -> None:
+        field = FIELDS.get(name)
+        if field is None:
+            raise _unknown(name, source)
+        values[name] = _parse(name, field, value, source)
+        sources[name] = source
+
+    for path in (system_config, default_dir("config_dir", environ) / "config.toml"):
+        for name, value in _read_config(path).items():
+            take(name, value, f"{path}, key {name!r}")
+    for name, value in (overrides or {}).items():
+        take(name.replace("-", "_"), value, f"kernelspec option --{name.replace('_', '-')}")
+    for variable, value in environ.items():
+        if variable.startswith(ENVIRONMENT_PREFIX) and value:
+            name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+            take(name, value, f"environment variable {variable}")
+    return LoadedSettings(Settings(**values), sources)
+
+
+def _parse(name: str, field: Field, value: object, source: str) -> Any:
+    try:
+        return field.parse(value)
+    except ValueError as error:
+        reason = str(error)
+        # int() and float() speak of Python; everything of ours above is meant for people.
+        why = "not a number" if reason.startswith(("invalid literal", "could not")) else reason
+        raise SettingsError(
+            f"Setting {name!r} is {value!r} (from {source}): {why}. Allowed: {field.allowed}.",
+            hint=f"change {source}",
+        ) from error
+
+
+def _unknown(name: str, source: str) -> SettingsError:
+    from difflib import get_close_matches
+
+    close = get_close_matches(name, FIELDS, n=1, cutoff=0.6)
+    guess = f" Did you mean {close[0]!r}?" if close else ""
+    return SettingsError(
+        f"There is no setting {name!r} (from {source}).{guess}",
+        hint=f"correct or remove it; the settings are: {', '.join(FIELDS)}",
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"The configuration file {path} cannot be read: {error}",
+            hint="make it a readable text file (UTF-8), or remove it",
+        ) from error
+    import tomllib  # only who has such a file pays for the parser
+
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(
+            f"The configuration file {path} is not valid TOML: {error}",
+            hint='write one setting a line, like: memory = "4G"',
+        ) from error
+
+
+def ensure_private_dir(path: Path) -> Path:
+    """Make *path* a directory that only this user can enter, or find it so; return it.
+
+    Guards against another user of the host who made ``/tmp/vmkernel-<uid>`` beforehand, as a
+    directory of theirs or as a link, to get at our sockets.
+
+    Raises:
+        SettingsError: it cannot be made, is a link, is not ours, or is open to others.
+    """
+    import stat
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise SettingsError(
+            f"The directory {path} cannot be made: {error.strerror or error}",
+            hint="set VMKERNEL_RUNTIME_DIR to a directory that you can make",
+        ) from error
+    if not stat.S_ISDIR(found.st_mode):
+        problem = "it is a link" if stat.S_ISLNK(found.st_mode) else "it is no directory"
+    elif found.st_uid != os.geteuid():
+        problem = f"it belongs to user id {found.st_uid}, not to you ({os.geteuid()})"
+    elif found.st_mode & 0o077:
+        problem = f"others may enter it (mode {stat.S_IMODE(found.st_mode):04o}, wanted 0700)"
+    else:
+        return path
+    raise SettingsError(
+        f"The directory {path} is not private: {problem}.",
+        hint=f"look at what it is, then `chmod 700 {path}` or remove it, "
+        "or set VMKERNEL_RUNTIME_DIR to another place",
+    )
