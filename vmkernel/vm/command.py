@@ -145,8 +145,8 @@ def qemu_argv(machine: Machine) -> list[str]:
         argv += ["-kernel", m.kernel, "-append", m.cmdline]
         if m.initrd is not None:
             argv += ["-initrd", m.initrd]
-    argv += _socket("monitor", m.monitor_fd) + ["-mon", "chardev=monitor,mode=control"]
-    argv += _socket("console", m.console_fd) + ["-serial", "chardev:console"]
+    argv += [*_socket("monitor", m.monitor_fd), "-mon", "chardev=monitor,mode=control"]
+    argv += [*_socket("console", m.console_fd), "-serial", "chardev:console"]
     argv += ["-blockdev", _rootfs(m), "-device", "virtio-blk-device,drive=root"]
     argv += ["-blockdev", _scratch(m), "-device", "virtio-blk-device,drive=scratch"]
     argv += ["-object", "rng-random,id=entropy,filename=/dev/urandom"]

@@ -115,7 +115,7 @@ class ConsoleLog:
         return bool(data)
 
     def _catch_up(self) -> None:
-        """Read what has already arrived: at most what a pipe or socket can hold, in bounded turns."""
+        """Read what has already arrived; bounded, as the writer may be faster than we are."""
         for _ in range(16):
             if self._fd < 0:
                 return
@@ -155,7 +155,7 @@ class ConsoleLog:
             os.close(self._out)
             self._out = -1
             self._dropped += self._old_size
-            os.replace(self._tail_path, self._old_path)
+            self._tail_path.replace(self._old_path)
             self._old_size = self._segment_size
         self._segment_left = self._segment_size
 
@@ -171,18 +171,17 @@ class ConsoleLog:
         tails = [path for path in (self._old_path, self._tail_path) if path.exists()]
         if not tails:
             return
-        with open(self.path, "ab") as out:
+        with self.path.open("ab") as out:
             if self._dropped:
                 out.write(f"\n[... {self._dropped} bytes left out ...]\n".encode())
-            for path in tails:
-                out.write(path.read_bytes())
+            out.writelines(path.read_bytes() for path in tails)
         for path in tails:
             path.unlink()
 
 
 def _read_end(path: Path, limit: int) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - limit))
             return file.read(limit)

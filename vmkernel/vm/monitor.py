@@ -11,6 +11,7 @@ file already, so the state is only the devices' (some 200 kB).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 from collections import deque
 from collections.abc import Mapping
@@ -132,10 +133,8 @@ class Monitor:
 
         if self._up:
             self._up = False
-            try:
+            with contextlib.suppress(QMPError, OSError, EOFError):
                 await self._client.disconnect()
-            except (QMPError, OSError, EOFError):
-                pass
 
     async def _wait_gone(self) -> None:
         from qemu.qmp import Runstate
@@ -166,7 +165,9 @@ async def save_state(monitor: Monitor, fd: int, *, timeout: float = 60.0) -> Non
         await monitor.execute("migrate", {"uri": f"fd:{_NAME}"})
         await _finish(monitor, "The VM's state could not be saved", timeout)
     except VmGuestError as error:
-        raise TemplateError(f"The VM's state could not be saved: {error}", hint=error.hint) from error
+        raise TemplateError(
+            f"The VM's state could not be saved: {error}", hint=error.hint
+        ) from error
 
 
 async def load_state(monitor: Monitor, fd: int, *, timeout: float = 60.0) -> None:
@@ -204,5 +205,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return "no answer in time"
     return str(error) or type(error).__name__
-
-

@@ -24,6 +24,7 @@ Each step guards against something:
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     import asyncio
 
 _SETPRIV = "/usr/bin/setpriv"  # util-linux, an essential package of Debian and Ubuntu
+_DIE_WITH_US = (_SETPRIV, "--pdeathsig", "KILL", "--")
 _START = 'ulimit -c 0; [ "$PPID" = "$0" ] && exec "$@"'
 _LOG_CAP = 256 * 1024
 _SIGKILL = 9
@@ -60,12 +62,12 @@ def find_qemu(name: str, search_path: str) -> str:
     Raises VmBootError when there is no such program. (``shutil.which`` costs 6 ms of imports.)
     """
     if "/" in name:
-        candidates = [os.path.abspath(name)]
+        candidates = [Path(name).absolute()]
     else:
-        candidates = [os.path.join(entry, name) for entry in search_path.split(":") if entry]
+        candidates = [Path(entry, name) for entry in search_path.split(":") if entry]
     for path in candidates:
-        if os.path.isfile(path) and os.access(path, os.X_OK):
-            return path
+        if path.is_file() and os.access(path, os.X_OK):
+            return str(path)
     raise VmBootError(
         f"QEMU was not found: no program {name!r}",
         hint=f"{INSTALL_QEMU}; or name it with VMKERNEL_QEMU",
@@ -105,8 +107,7 @@ class QemuProcess:
         try:
             pid = os.posix_spawn(
                 _SETPRIV,
-                [_SETPRIV, "--pdeathsig", "KILL", "--", "/bin/sh", "-c", _START, str(os.getpid())]
-                + list(argv),
+                [*_DIE_WITH_US, "/bin/sh", "-c", _START, str(os.getpid()), *argv],
                 {"LC_ALL": "C"},
                 setsid=True,
                 setsigmask=(),
@@ -151,10 +152,8 @@ class QemuProcess:
         if self.returncode is None:
             import signal
 
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, _SIGKILL)
-            except ProcessLookupError:
-                pass
 
     async def close(self) -> int:
         """Kill, wait, and release descriptors; returns `returncode`. May be called twice."""
@@ -162,6 +161,14 @@ class QemuProcess:
         status = await self.wait()
         self.log.close()
         return status
+
+    def abandon(self) -> None:
+        """Kill one that was never watched, and wait for that (milliseconds: it was just born)."""
+        self.kill()
+        os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        self.returncode = -_SIGKILL
+        os.close(self._pidfd)
+        os.close(self._stderr_fd)
 
     def failure(self, what: str, kind: type[VmError] = VmBootError) -> VmError:
         """An error that says ``what`` failed, how QEMU ended, and QEMU's last words."""
@@ -180,7 +187,8 @@ class QemuProcess:
         return kind(message, hint=hint, log_path=self.log.path)
 
     def _on_exit(self) -> None:
-        assert self._loop is not None and self._exited is not None
+        assert self._loop is not None
+        assert self._exited is not None
         self._loop.remove_reader(self._pidfd)
         self.returncode = _reap(self._pidfd)
         os.close(self._pidfd)
@@ -192,8 +200,8 @@ class QemuProcess:
 def _file_actions(keep: set[int], output: int) -> list[tuple[int, ...]]:
     """stdin from nowhere, stdout and stderr to ``output``, ``keep`` as they are, no others."""
     actions: list[tuple[int, ...]] = []
-    for name in os.listdir("/proc/self/fd"):
-        fd = int(name)
+    for entry in Path("/proc/self/fd").iterdir():
+        fd = int(entry.name)
         if fd > 2 and fd not in keep and fd != output and _inheritable(fd):
             actions.append((os.POSIX_SPAWN_CLOSE, fd))
     actions.append((os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0))  # type: ignore[arg-type]
