@@ -1,0 +1,1 @@
+"""The command ``vmkernel``, one module per subcommand. Floor 5."""

@@ -1,0 +1,76 @@
+"""The command ``vmkernel``: its subcommands, found by name and imported only when they are run.
+
+``vmkernel --help`` and ``--version`` must answer at once, so nothing of the subcommands is
+imported for them: the one-line helps stand here. Floor 5.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+import click
+
+from vmkernel import __version__
+from vmkernel.errors import VmError
+
+
+class _Entry(NamedTuple):
+    module: str
+    attribute: str
+    help: str
+
+
+COMMANDS: dict[str, _Entry] = {
+    "image": _Entry("vmkernel.cli.image", "image", "Build, list, verify and remove guest images."),
+    "install": _Entry("vmkernel.cli.install", "install", "Offer the kernel in Jupyter."),
+    "uninstall": _Entry("vmkernel.cli.install", "uninstall", "Take the kernel out of Jupyter."),
+    "ps": _Entry("vmkernel.cli.ps", "ps", "List the VMs on this host."),
+    "doctor": _Entry("vmkernel.cli.doctor", "doctor", "Check all that the kernel needs."),
+    "settings": _Entry("vmkernel.cli.settings", "settings", "Show every setting and its source."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that imports a subcommand's module only when that subcommand is run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The subcommands, in the order in which a newcomer needs them."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one subcommand."""
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        command = getattr(import_module(entry.module), entry.attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list in ``--help``, without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry.help) for name, entry in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, prog_name="vmkernel", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Jupyter kernels that run every cell inside a QEMU microVM.
+
+    First steps: `vmkernel doctor`, `vmkernel image build datascience`, `vmkernel install`.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and end the process: 0 done, 1 failed (said on stderr), 2 misused."""
+    try:
+        cli.main(args=None if argv is None else list(argv), prog_name="vmkernel")
+    except VmError as error:
+        click.echo(f"vmkernel: error: {error.explain()}", err=True)
+        sys.exit(1)

@@ -1,0 +1,238 @@
+"""``vmkernel install`` and ``uninstall``: the kernelspec that makes Jupyter offer the kernel.
+
+The kernelspec is ``kernelspec/`` (a kernel.json template and logos) with this Python's path and
+the chosen options written into its command line. Floor 5.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from vmkernel.errors import SettingsError, VmError
+
+DEFAULT_NAME = "vmsandbox"
+DEFAULT_DISPLAY_NAME = "Python (microVM)"
+# As jupyter_client.kernelspec allows them, less capitals, which it would turn to small ones.
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+
+
+def kernel_json(display_name: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """The content of ``kernel.json``: the template, this Python, and *options* (settings)."""
+    from vmkernel.resources import resource_dir
+
+    spec: dict[str, Any] = json.loads((resource_dir("kernelspec") / "kernel.json").read_text())
+    # sys.executable as it is: resolving a venv's link would lose the venv.
+    spec["argv"] = [sys.executable if word == "{python}" else word for word in spec["argv"]]
+    spec["argv"] += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    spec["display_name"] = display_name
+    return spec
+
+
+def install_kernelspec(
+    kernels_dir: Path,
+    *,
+    name: str = DEFAULT_NAME,
+    display_name: str = DEFAULT_DISPLAY_NAME,
+    options: Mapping[str, str] | None = None,
+) -> Path:
+    """Write the kernelspec *name* into *kernels_dir* (``…/share/jupyter/kernels``), in one step.
+
+    *options* are settings by name, as text; they are checked here, so that a mistake shows now
+    and not when a notebook is opened. Returns the kernelspec's directory.
+
+    Raises:
+        SettingsError: an option or the name is not allowed.
+        VmError: the place is taken by another kernel, or cannot be written.
+    """
+    from vmkernel.resources import resource_dir
+    from vmkernel.settings import load_settings
+
+    options = dict(options or {})
+    load_settings(options)
+    if not _NAME.fullmatch(name):
+        raise SettingsError(
+            f"{name!r} cannot be a kernel's name",
+            hint="use small letters, digits, '.', '_' and '-', a letter or digit first",
+        )
+    target = kernels_dir / name
+    if target.exists() and not is_ours(target):
+        raise VmError(
+            f"{target} is the kernelspec of another kernel",
+            hint="choose another name with --name",
+        )
+    # Beside the target, so that the last step is a rename: Jupyter never sees half a kernelspec.
+    # A leading dot is no valid kernel name, so Jupyter skips it meanwhile.
+    fresh = kernels_dir / f".{name}.new"
+    try:
+        kernels_dir.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        for logo in resource_dir("kernelspec").glob("logo-*"):
+            shutil.copyfile(logo, fresh / logo.name)
+        text = json.dumps(kernel_json(display_name, options), indent=2, ensure_ascii=False)
+        (fresh / "kernel.json").write_text(text + "\n", encoding="utf-8")
+        _remove(target)
+        fresh.rename(target)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise VmError(
+            f"The kernelspec cannot be written to {target}: {error.strerror or error}",
+            hint="install for yourself with --user, or into an environment of your own "
+            "with --prefix",
+        ) from error
+    return target
+
+
+def is_ours(kernelspec_dir: Path) -> bool:
+    """Whether *kernelspec_dir* starts vmkernel; one that cannot be read is not."""
+    try:
+        argv = json.loads((kernelspec_dir / "kernel.json").read_bytes())["argv"]
+        return bool(argv[1:3] == ["-m", "vmkernel"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def installed_kernelspecs() -> dict[str, Path]:
+    """Every kernelspec that this Jupyter sees and that starts vmkernel, by name."""
+    from jupyter_client.kernelspec import KernelSpecManager
+
+    found = KernelSpecManager().find_kernel_specs()
+    return {name: Path(path) for name, path in found.items() if is_ours(Path(path))}
+
+
+def uninstall_kernelspec(name: str, kernels_dir: Path | None = None) -> Path:
+    """Remove the kernelspec *name* from *kernels_dir*, or from where Jupyter finds it.
+
+    Raises:
+        VmError: there is none of that name, it is not vmkernel's, or it cannot be removed.
+    """
+    found = installed_kernelspecs()
+    target = kernels_dir / name if kernels_dir else found.get(name)
+    if target is None or not is_ours(target):
+        others = ", ".join(f"{n} ({p})" for n, p in found.items()) or "none"
+        raise VmError(
+            f"There is no kernelspec {name!r} of vmkernel"
+            + (f" in {kernels_dir}" if kernels_dir else ""),
+            hint=f"name one that is installed with --name; installed here: {others}",
+        )
+    try:
+        _remove(target)
+    except OSError as error:
+        raise VmError(
+            f"{target} cannot be removed: {error.strerror or error}",
+            hint="remove it as the user who installed it",
+        ) from error
+    return target
+
+
+def _remove(directory: Path) -> None:
+    if directory.is_symlink():
+        directory.unlink()
+    elif directory.exists():
+        shutil.rmtree(directory)
+
+
+def _kernels_dir(user: bool, sys_prefix: bool, prefix: Path | None) -> Path | None:
+    if user + sys_prefix + (prefix is not None) > 1:
+        raise click.UsageError("--user, --sys-prefix and --prefix exclude each other")
+    if sys_prefix:
+        prefix = Path(sys.prefix)
+    if prefix is not None:
+        return prefix.expanduser().absolute() / "share" / "jupyter" / "kernels"
+    return None
+
+
+def _user_kernels_dir() -> Path:
+    from jupyter_core.paths import jupyter_data_dir
+
+    return Path(jupyter_data_dir()) / "kernels"
+
+
+_user = click.option("--user", is_flag=True, help="For you, in your home directory (default).")
+_sys_prefix = click.option("--sys-prefix", is_flag=True, help="Into this Python's environment.")
+_prefix = click.option(
+    "--prefix", type=click.Path(file_okay=False, path_type=Path), help="Below PREFIX/share/jupyter."
+)
+
+
+@click.command()
+@_user
+@_sys_prefix
+@_prefix
+@click.option("--name", default=DEFAULT_NAME, show_default=True, help="The kernel's name.")
+@click.option(
+    "--display-name",
+    default=DEFAULT_DISPLAY_NAME,
+    show_default=True,
+    help="What the launcher shows.",
+)
+@click.option("--recipe", help="The guest image to start from.")
+@click.option("--memory", help="Memory of the VM, like 4G.")
+@click.option("--vcpus", help="Virtual processors of the VM.")
+@click.option(
+    "--set", "more", multiple=True, metavar="NAME=VALUE", help="Any setting; may be repeated."
+)
+def install(
+    user: bool,
+    sys_prefix: bool,
+    prefix: Path | None,
+    name: str,
+    display_name: str,
+    recipe: str | None,
+    memory: str | None,
+    vcpus: str | None,
+    more: tuple[str, ...],
+) -> None:
+    """Offer the kernel in Jupyter, with the given options.
+
+    Settings that are not given here come from the configuration files and the environment when
+    a notebook is opened (`vmkernel settings`).
+    """
+    from vmkernel.settings import load_settings
+
+    options = {"recipe": recipe, "memory": memory, "vcpus": vcpus}
+    given = {key: value for key, value in options.items() if value is not None}
+    for item in more:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set takes NAME=VALUE, not {item!r}")
+        given[key.replace("-", "_")] = value
+    target = install_kernelspec(
+        _kernels_dir(user, sys_prefix, prefix) or _user_kernels_dir(),
+        name=name,
+        display_name=display_name,
+        options=given,
+    )
+    click.echo(f"Installed {name!r} ({display_name}) in {target}")
+    settings = load_settings(given)
+    if not (settings.images_dir / settings.recipe / "manifest.json").is_file():
+        click.echo(
+            f"warning: there is no image {settings.recipe!r} in {settings.images_dir} yet; "
+            f"build it with: vmkernel image build {settings.recipe}",
+            err=True,
+        )
+    elif name not in installed_kernelspecs():
+        click.echo(
+            f"note: the Jupyter of this Python ({sys.prefix}) does not look there; "
+            "one that does will show it",
+            err=True,
+        )
+
+
+@click.command()
+@_user
+@_sys_prefix
+@_prefix
+@click.option("--name", default=DEFAULT_NAME, show_default=True, help="The kernel's name.")
+def uninstall(user: bool, sys_prefix: bool, prefix: Path | None, name: str) -> None:
+    """Take the kernel out of Jupyter; images and templates stay."""
+    place = _kernels_dir(user, sys_prefix, prefix) or (_user_kernels_dir() if user else None)
+    click.echo(f"Removed {uninstall_kernelspec(name, place)}")
