@@ -47,7 +47,7 @@ def host_tsc_khz(state_dir: Path) -> int:
     known = read_facts(state_dir).get("tsc")
     old_khz = 0
     if isinstance(known, dict) and isinstance(known.get("khz"), int) and _plausible(known["khz"]):
-        old_khz = known["khz"]
+        old_khz = int(known["khz"])
         if known.get("boot_id") == boot_id:
             return old_khz
     khz, source = find_tsc_khz()
