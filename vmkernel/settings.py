@@ -95,6 +95,11 @@ FIELDS: dict[str, Field] = {
         "a whole number from 1 to 64",
         "How many of them may boot from cold (build a template) at once.",
     ),
+    "runtime_dir": Field(
+        absolute_path,
+        _ABSOLUTE,
+        "Sockets and records of running VMs; private to the user (mode 0700).",
+    ),
     "semaphore_file": Field(
         absolute_path,
         _ABSOLUTE,
@@ -115,11 +120,6 @@ FIELDS: dict[str, Field] = {
     "images_dir": Field(absolute_path, _ABSOLUTE, "Where guest images lie."),
     "cache_dir": Field(
         absolute_path, _ABSOLUTE, "Where memory templates and remembered verdicts lie."
-    ),
-    "runtime_dir": Field(
-        absolute_path,
-        _ABSOLUTE,
-        "Sockets and records of running VMs; private to the user (mode 0700).",
     ),
     "state_dir": Field(absolute_path, _ABSOLUTE, "Logs: each VM's console, QEMU's own words."),
     "log_level": Field(
@@ -161,13 +161,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check what was handed in directly, by the same rules as what was read."""
-        if self.semaphore_file == _IN_RUNTIME_DIR:
-            msgspec.structs.force_setattr(self, "semaphore_file", self.runtime_dir / "slots")
         for name, field in FIELDS.items():
             value = getattr(self, name)
-            parsed = _parse(name, field, value, "the program")
-            if parsed is not value:
-                msgspec.structs.force_setattr(self, name, parsed)
+            if name == "semaphore_file" and value == _IN_RUNTIME_DIR:
+                value = self.runtime_dir / "slots"
+            msgspec.structs.force_setattr(self, name, _parse(name, field, value, "the program"))
 
 
 def default_vm_limit() -> int:
@@ -274,7 +272,7 @@ def _parse(name: str, field: Field, value: object, source: str) -> Any:
 def _unknown(name: str, source: str) -> SettingsError:
     from difflib import get_close_matches
 
-    close = get_close_matches(name, FIELDS, n=1, cutoff=0.6)
+    close = get_close_matches(name, FIELDS, n=1, cutoff=0.5)
     guess = f" Did you mean {close[0]!r}?" if close else ""
     return SettingsError(
         f"There is no setting {name!r} (from {source}).{guess}",

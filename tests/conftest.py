@@ -1,0 +1,169 @@
+"""What every test stands on: a private place on the host, images, kernelspecs, and clean-up.
+
+The session's sockets, records, logs, semaphore file, Jupyter and IPython directories lie in one
+directory of its own, so that tests and the user's VMs do not meet. Images and memory templates
+are the user's: they are immutable and named by their content, and building them is what costs.
+
+With ``CI=true`` a missing prerequisite is a failure, otherwise a skip.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+
+import leftovers
+from vmkernel.settings import Settings, load_settings
+
+WaitUntil = Callable[..., None]
+
+_SESSION_DIR = pytest.StashKey[Path]()
+_LEFT = pytest.StashKey[list[str]]()
+# What a person may rightly set from outside for a whole test run.
+_KEPT = {"VMKERNEL_IMAGES_DIR", "VMKERNEL_CACHE_DIR", "VMKERNEL_QEMU", "VMKERNEL_ACCELERATOR"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Turn the environment to the session's own directory, before any test module is imported."""
+    # A short path: a Unix socket's path has 107 bytes at most. Its parent is not pytest's own
+    # temporary directory, which is kept for looking into afterwards.
+    session_dir = Path(tempfile.mkdtemp(prefix="vmk-test-", dir="/tmp"))
+    config.stash[_SESSION_DIR] = session_dir
+    for name in list(os.environ):
+        if name.startswith("VMKERNEL_") and name not in _KEPT:
+            del os.environ[name]
+    os.environ.update(
+        VMKERNEL_RUNTIME_DIR=str(session_dir / "run"),
+        VMKERNEL_STATE_DIR=str(session_dir / "state"),
+        XDG_CONFIG_HOME=str(session_dir / "config"),
+        JUPYTER_CONFIG_DIR=str(session_dir / "jupyter" / "config"),
+        JUPYTER_DATA_DIR=str(session_dir / "jupyter" / "data"),
+        JUPYTER_RUNTIME_DIR=str(session_dir / "jupyter" / "runtime"),
+        JUPYTER_PLATFORM_DIRS="1",
+        IPYTHONDIR=str(session_dir / "ipython"),
+        MPLBACKEND="agg",
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A session that leaves something behind has failed, whatever its tests say."""
+    left = leftovers.find(session.config.stash[_SESSION_DIR])
+    session.config.stash[_LEFT] = left
+    if left and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name what was left behind."""
+    left = terminalreporter.config.stash.get(_LEFT, [])
+    if left:
+        terminalreporter.section("left behind", sep="=", red=True)
+        for line in left:
+            terminalreporter.line(line)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End what was left behind, by process id, and remove the session's directory."""
+    session_dir = config.stash.get(_SESSION_DIR, None)
+    if session_dir is None:
+        return
+    for process in leftovers.processes_of(session_dir):
+        process.kill()
+    shutil.rmtree(session_dir, ignore_errors=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failed VM test what the VM and QEMU said: every log written during the test."""
+    report = yield
+    if call.when == "call" and report.failed:
+        for path in _logs_since(Path(os.environ["VMKERNEL_STATE_DIR"]), call.start):
+            text = path.read_text(errors="replace").splitlines()
+            report.sections.append((f"{path} (last lines)", "\n".join(text[-40:])))
+    return report
+
+
+def _logs_since(state_dir: Path, moment: float) -> list[Path]:
+    logs = [path for path in state_dir.rglob("*.log") if path.is_file()]
+    return sorted(path for path in logs if path.stat().st_mtime >= moment and path.stat().st_size)
+
+
+def missing(what: str) -> None:
+    """A prerequisite is missing: a failure in CI, a skip on a desk."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(f"{what} (CI=true: a missing prerequisite is a failure)")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def session_dir(pytestconfig: pytest.Config) -> Path:
+    """The session's own directory."""
+    return pytestconfig.stash[_SESSION_DIR]
+
+
+@pytest.fixture
+def settings() -> Settings:
+    """The settings that a kernel started by the test has: defaults in the session's directory."""
+    return load_settings()
+
+
+def _image(recipe: str) -> str:
+    directory = load_settings().images_dir / recipe
+    if not (directory / "manifest.json").is_file():
+        missing(f"there is no image {recipe!r}: vmkernel image build {recipe}")
+    return recipe
+
+
+@pytest.fixture(scope="session")
+def minimal_image() -> str:
+    """The name of the small image, which is there."""
+    return _image("minimal")
+
+
+@pytest.fixture(scope="session")
+def datascience_image() -> str:
+    """The name of the image with numpy, pandas and matplotlib, which is there."""
+    return _image("datascience")
+
+
+def _kernelspec(name: str, recipe: str) -> str:
+    from vmkernel.cli.install import install_kernelspec
+
+    kernels = Path(os.environ["JUPYTER_DATA_DIR"]) / "kernels"
+    # A gigabyte is plenty for tests and halves what a template takes on disk.
+    install_kernelspec(kernels, name=name, options={"recipe": recipe, "memory": "1G"})
+    return name
+
+
+@pytest.fixture(scope="session")
+def minimal_kernel(minimal_image: str) -> str:
+    """The name of an installed kernelspec on the small image."""
+    return _kernelspec("vmsandbox-minimal", minimal_image)
+
+
+@pytest.fixture(scope="session")
+def datascience_kernel(datascience_image: str) -> str:
+    """The name of an installed kernelspec on the image with numpy and friends."""
+    return _kernelspec("vmsandbox", datascience_image)
+
+
+@pytest.fixture
+def wait_until() -> WaitUntil:
+    """``wait_until(condition, seconds, what)``: poll until it is true, or fail the test."""
+
+    def wait(condition: Callable[[], object], seconds: float = 5.0, what: str = "") -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > deadline:
+                pytest.fail(f"not within {seconds:g} s: {what or condition}")
+            time.sleep(0.01)
+
+    return wait
