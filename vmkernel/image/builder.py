@@ -1,0 +1,340 @@
+"""Building an image: from a recipe to a directory of four files and a manifest.
+
+``recipe → debian (mmdebstrap) → python (pip, bytecode) → initrd → EROFS → manifest``, all in a
+temporary directory beside the images and renamed into place at the very end: an image that can be
+found is whole. One builder at a time for each name, across processes. Floor 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from vmkernel.errors import ImageError
+from vmkernel.image import debian, python, store
+from vmkernel.image.apt import Mirrors, host_mirrors
+from vmkernel.image.initrd import ModuleTree, build_initrd, parse_module_list
+from vmkernel.image.recipe import Recipe
+from vmkernel.image.store import FORMAT, Image
+from vmkernel.image.tools import ToolFailed, Tools, require_tools
+from vmkernel.resources import resource_dir
+from vmkernel.settings import Settings
+
+Progress = Callable[[str, float], None]
+
+# What a build of `datascience` takes at its peak, with some room: the extracted tree and the
+# image made of it; and mmdebstrap's own copy of the base.
+_SPACE_IMAGES = 1600 << 20
+_SPACE_TEMPORARY = 700 << 20
+
+# Time of every file in the image: that of Debian 13's release, so that two builds from the same
+# packages are equal.
+_TIME_STAMP = 1_754_697_600
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_AT_FDCWD = -100  # linux/fcntl.h
+
+
+def build_image(
+    recipe: Recipe,
+    settings: Settings,
+    *,
+    progress: Progress = lambda phase, fraction: None,
+    force: bool = False,
+    mirrors: Mirrors | None = None,
+) -> Image:
+    """Build the image of *recipe*, unless there is one of exactly this recipe (or *force*).
+
+    *progress* gets the phase in words and the fraction done. *mirrors* stand in for those of the
+    host's apt configuration. Waits while another process builds an image of this name, and takes
+    that one if it fits.
+
+    Raises:
+        ImageError: a tool or space is missing, or a download failed; nothing is left behind.
+    """
+    if not force and (image := _existing(recipe, settings)) is not None:
+        return image
+    asked = datetime.now(UTC).isoformat()
+    _make_images_dir(settings)
+    with image_lock(
+        recipe.name, settings, waiting=lambda: progress("waiting for another build", 0.0)
+    ):
+        image = _existing(recipe, settings)
+        # Built by somebody else while this one waited: fresh enough even for `force`.
+        if image is not None and (not force or image.manifest.created > asked):
+            return image
+        _check_host(settings)
+        _sweep(recipe.name, settings)
+        work = settings.images_dir / f".tmp-{recipe.name}-{os.getpid()}"
+        try:
+            with Tools(settings.state_dir / f"image-{recipe.name}.log") as tools:
+                _build(recipe, work, tools, mirrors or host_mirrors(), progress)
+                progress("putting the image in place", 0.99)
+                _put_in_place(work / "image", settings.images_dir / recipe.name)
+        except OSError as error:
+            raise _no_space(error, settings) from error
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        progress("done", 1.0)
+    return store.find_image(recipe.name, settings)
+
+
+@contextlib.contextmanager
+def image_lock(
+    name: str, settings: Settings, *, waiting: Callable[[], None] = lambda: None
+) -> Iterator[None]:
+    """Hold the lock on building or removing image *name*; *waiting* is called before a wait.
+
+    The lock's file is never removed: two processes could then hold locks on two files of the
+    same name. The kernel lets go of it when its holder dies.
+
+    Raises:
+        ImageError: the lock's file cannot be made.
+    """
+    path = settings.images_dir / f".lock-{name}"
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise _not_writable(settings, error) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _build(
+    recipe: Recipe, work: Path, tools: Tools, mirrors: Mirrors | None, progress: Progress
+) -> None:
+    work.mkdir()
+    image = work / "image"
+    image.mkdir()
+
+    def part(phase: str, start: float, end: float) -> Callable[[float], None]:
+        progress(phase, start)
+        return lambda fraction: progress(phase, start + (end - start) * fraction)
+
+    advance = part("Debian packages", 0.01, 0.45)
+    tree = debian.make_tree(recipe, work, tools, mirrors, advance)
+    debian.finish_tree(tree.root, mirrors)
+
+    interpreter = python.GuestPython(tree.root)
+    version = interpreter.full_version()
+    advance = part("Python packages", 0.45, 0.60)
+    with ThreadPoolExecutor(1) as pool:
+        # Of what pip does not touch, while it waits for the network.
+        stdlib = pool.submit(
+            python.compile_bytecode,
+            interpreter,
+            tree.root,
+            [interpreter.stdlib, tree.root / "usr/lib/python3"],
+            tools,
+        )
+        python.install_packages(interpreter, recipe, tree.pip_wheel, tools, advance)
+        part("bytecode", 0.60, 0.80)
+        stdlib.result()
+    python.compile_bytecode(
+        interpreter, tree.root, sorted(interpreter.packages.iterdir()), tools
+    )
+    part("checking imports", 0.80, 0.85)
+    python.check_imports(interpreter, recipe, tools)
+    python.build_font_cache(interpreter, tree.root, tree.root / "home" / debian.USER, tools)
+
+    part("kernel and initial RAM disk", 0.85, 0.88)
+    shutil.copyfile(tree.kernel, image / store.KERNEL)
+    images = resource_dir("images")
+    wanted = parse_module_list((images / "modules.txt").read_text(encoding="utf-8"))
+    initrd = build_initrd(
+        (images / "init").read_bytes(),
+        tree.busybox.read_bytes(),
+        ModuleTree(tree.modules).select(wanted),
+    )
+    (image / store.INITRD).write_bytes(initrd)
+    _write_lock(image / store.LOCK, tree, interpreter)
+
+    part("root file system", 0.88, 0.95)
+    _make_erofs(tree.root, image / store.ROOTFS, tools)
+
+    part("checksums", 0.95, 0.99)
+    manifest = store.Manifest(
+        format=FORMAT,
+        recipe=recipe,
+        kernel_release=tree.kernel_release,
+        python_version=version,
+        debian_suite=debian.SUITE,
+        created=datetime.now(UTC).isoformat(),
+        files={
+            name: store.FileRecord(
+                size=(image / name).stat().st_size, sha256=store.sha256_of(image / name)
+            )
+            for name in store.FILES
+        },
+    )
+    encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    (image / store.MANIFEST).write_bytes(encoded + b"\n")
+    for path in image.iterdir():
+        path.chmod(0o644)
+        _flush(path)
+
+
+def _make_erofs(root: Path, target: Path, tools: Tools) -> None:
+    # A file system's UUID from its purpose, not from chance: equal trees give equal images.
+    identity = uuid.uuid5(uuid.NAMESPACE_DNS, "rootfs.vmkernel")
+    try:
+        tools.run(
+            ["mkfs.erofs", "--all-root", f"-T{_TIME_STAMP}", f"-U{identity}", "-x-1", "--quiet",
+             target, root]
+        )  # fmt: skip
+    except ToolFailed as error:
+        raise ImageError(
+            f"The root file system could not be made: {error.lines[-1] if error.lines else error}",
+            hint="see the log",
+            log_path=tools.log_path,
+        ) from error
+
+
+def _write_lock(path: Path, tree: debian.DebianTree, interpreter: python.GuestPython) -> None:
+    lines = [
+        f"# Debian {debian.SUITE}: package, version, architecture",
+        *tree.packages(),
+        "# Python distributions",
+        *python.distributions(interpreter),
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _existing(recipe: Recipe, settings: Settings) -> Image | None:
+    """The image of this very recipe, if there is a sound one."""
+    try:
+        image = store.find_image(recipe.name, settings)
+    except ImageError:
+        return None
+    return image if image.recipe == recipe else None
+
+
+def _put_in_place(new: Path, final: Path) -> None:
+    """Rename *new* to *final*; an old image there goes to *new*'s name, in the same instant."""
+    _flush(new)
+    try:
+        new.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        libc = ctypes.CDLL(None, use_errno=True)
+        result = libc.renameat2(
+            _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(final), _RENAME_EXCHANGE
+        )
+        if result != 0:
+            # Some file systems (NFS) cannot exchange: a moment without an image, then.
+            final.rename(new.with_name("replaced"))
+            new.rename(final)
+    _flush(final.parent)
+
+
+def _flush(path: Path) -> None:
+    """Bring a file or directory to the disk: after a power cut an image is whole or absent."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(name: str, settings: Settings) -> None:
+    """Remove what builders of this name left that were killed. The caller holds the lock."""
+    for path in settings.images_dir.glob(f".tmp-{name}-*"):
+        # "x" must not sweep ".tmp-x-y-123", which is of the image "x-y".
+        if path.name.removeprefix(f".tmp-{name}-").split("-")[0].isdigit():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _make_images_dir(settings: Settings) -> None:
+    try:
+        settings.images_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(settings, error) from error
+
+
+def _check_host(settings: Settings) -> None:
+    if os.uname().machine != "x86_64":
+        raise ImageError(
+            f"Images are for x86-64, and this host is {os.uname().machine}.",
+            hint="use a host with an x86-64 processor",
+        )
+    tools = ["mmdebstrap", "apt-config", "dpkg-deb", "mkfs.erofs", "tar"]
+    if os.geteuid() != 0:
+        tools.append("newuidmap")
+    require_tools(tools)
+    if os.geteuid() != 0:
+        _check_subordinate_ids()
+    temporary = Path(tempfile.gettempdir())
+    needed = {settings.images_dir: _SPACE_IMAGES}
+    if os.stat(temporary).st_dev == os.stat(settings.images_dir).st_dev:  # noqa: PTH116
+        needed[settings.images_dir] += _SPACE_TEMPORARY
+    else:
+        needed[temporary] = _SPACE_TEMPORARY
+    for directory, size in needed.items():
+        free = shutil.disk_usage(directory).free
+        if free < size:
+            raise ImageError(
+                f"Building an image needs {size >> 20} MiB free in {directory}; "
+                f"there are {free >> 20} MiB.",
+                hint="make room, or set VMKERNEL_IMAGES_DIR (images) or TMPDIR (temporary files) "
+                "to a place with more",
+            )
+
+
+def _check_subordinate_ids() -> None:
+    """An ordinary user needs a range of ids for mmdebstrap's user namespace (man 5 subuid)."""
+    import getpass
+
+    user = getpass.getuser()
+    for path in (Path("/etc/subuid"), Path("/etc/subgid")):
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            lines = []
+        if not any(line.split(":")[0] in (user, str(os.getuid())) for line in lines):
+            raise ImageError(
+                f"User {user!r} has no range of ids in {path}, which building an image as an "
+                "ordinary user needs.",
+                hint=f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
+                " (any range that nobody else has)",
+            )
+
+
+def _not_writable(settings: Settings, error: OSError) -> ImageError:
+    return ImageError(
+        f"The images' directory {settings.images_dir} cannot be written: "
+        f"{error.strerror or error}",
+        hint="set VMKERNEL_IMAGES_DIR to a directory of yours",
+    )
+
+
+def _no_space(error: OSError, settings: Settings) -> ImageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or settings.images_dir
+        return ImageError(
+            f"The disk became full while the image was built ({where}).",
+            hint="make room, or set VMKERNEL_IMAGES_DIR (images) or TMPDIR (temporary files) "
+            "to a place with more",
+        )
+    return ImageError(
+        f"Building the image failed: {error}",
+        hint="look whether this user may write there",
+    )

@@ -1,0 +1,267 @@
+"""The guest's Python packages and bytecode, made on the host by the guest's own interpreter.
+
+The guest's ``python3`` is a program of another Debian, but the same processor's: started through
+the guest's own dynamic loader it runs on the host, as the user who builds, without a chroot. So
+pip sees the guest's Python version, platform tags and markers, and the bytecode is the guest's.
+(The other way, ``pip --target --platform --python-version``, takes the markers of the wrong
+interpreter and puts scripts and data files in the wrong place.)
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from vmkernel.errors import ImageError
+from vmkernel.image.recipe import Recipe
+from vmkernel.image.tools import ToolFailed, Tools
+
+# Written without reading the fonts of the host: matplotlib looks in directories of the running
+# system, which is not the guest.
+_FONT_CACHE = """
+import sys
+root, cache = sys.argv[1:]
+import matplotlib.font_manager as fonts
+fonts.findSystemFonts = lambda fontpaths=None, fontext="ttf": (
+    fonts_of(fontpaths, fontext) if fontpaths else fonts_of([root + "/usr/share/fonts"], fontext))
+fonts_of = lambda paths, ext: sorted(
+    path for start in paths for path in fonts.list_fonts(start, fonts.get_fontext_synonyms(ext)))
+manager = fonts.FontManager()
+for entry in manager.ttflist + manager.afmlist:
+    if entry.fname.startswith(root):
+        object.__setattr__(entry, "fname", entry.fname[len(root):])
+fonts.json_dump(manager, f"{cache}/fontlist-v{fonts.FontManager.__version__}.json")
+"""
+
+
+class GuestPython:
+    """The guest's interpreter, run on the host from the tree at *root*."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        python = (root / "usr/bin/python3").readlink().name
+        self.version = python.removeprefix("python")
+        """As in ``3.13``."""
+        self.stdlib = root / "usr/lib" / python
+        self.packages = root / "usr/local/lib" / python / "dist-packages"
+        """Where pip installs, and where the guest's Python looks."""
+        self._argv = [
+            str(root / "lib64/ld-linux-x86-64.so.2"),
+            "--inhibit-cache",
+            "--library-path",
+            str(root / "usr/lib/x86_64-linux-gnu"),
+            str(root / "usr/bin" / python),
+        ]
+
+    def argv(self, *arguments: str | Path) -> list[str]:
+        """The command that runs the interpreter with *arguments*."""
+        return [*self._argv, *map(str, arguments)]
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """The host's environment, fit for the guest's interpreter."""
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            # PYTHON*: the host's interpreter's affairs. The two of pip's would make it refuse, or
+            # install elsewhere; the rest of PIP_* (index, certificates, cache, …) is honoured.
+            if not name.startswith(("PYTHON", "LD_"))
+            and name not in ("PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER", "PIP_PYTHON")
+        }
+        return {
+            **kept,
+            "LC_ALL": "C.UTF-8",
+            "PYTHONHOME": str(self._root / "usr"),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONNOUSERSITE": "1",
+            "PYTHONHASHSEED": "0",
+            "PIP_REQUIRE_VIRTUALENV": "0",
+            **more,
+        }
+
+    def full_version(self) -> str:
+        """As in ``3.13.5``.
+
+        Raises:
+            ImageError: the interpreter does not run on this host.
+        """
+        try:
+            return subprocess.run(
+                self.argv("-c", "import platform; print(platform.python_version())"),
+                env=self.environment(),
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=True,
+            ).stdout.strip()
+        except (OSError, subprocess.SubprocessError) as error:
+            raise ImageError(
+                f"The guest's Python does not run on this host: {error}",
+                hint="images are built on x86-64 Linux only",
+            ) from error
+
+
+def install_packages(
+    python: GuestPython,
+    recipe: Recipe,
+    pip_wheel: Path,
+    tools: Tools,
+    progress: Callable[[float], None],
+) -> None:
+    """Install the recipe's requirements, and pip itself, with the host's pip configuration.
+
+    Raises:
+        ImageError: a requirement could not be had; names it.
+    """
+    requirements = recipe.requirements()
+    lines = 0
+
+    def count(line: str) -> None:
+        nonlocal lines
+        if line.startswith(("Collecting ", "Processing ", "Downloading ", "Installing ")):
+            lines += 1
+            progress(min(1.0, lines / (12 * len(requirements))))
+
+    environment = python.environment(PYTHONPATH=str(pip_wheel))
+    # A virtual environment's own pip.conf belongs to "the host's pip configuration" as well, and
+    # the guest's interpreter looks for it beside itself.
+    own = Path(sys.prefix, "pip.conf")
+    if own.is_file():
+        environment.setdefault("PIP_CONFIG_FILE", str(own))
+    try:
+        tools.run(
+            python.argv(
+                "-m", "pip", "install", "--break-system-packages", "--no-user", "--no-input",
+                "--only-binary=:all:", "--no-compile", "--no-warn-script-location",
+                "--root-user-action=ignore", "--progress-bar=off", "--disable-pip-version-check",
+                pip_wheel, *requirements,
+            ),
+            env=environment,
+            on_line=count,
+        )  # fmt: skip
+    except ToolFailed as error:
+        what, hint = explain_failure(error.lines)
+        raise ImageError(
+            f"The Python packages could not be had: {what}", hint=hint, log_path=tools.log_path
+        ) from error
+    _tidy(python, recipe)
+
+
+def explain_failure(lines: Sequence[str]) -> tuple[str, str]:
+    """What pip said went wrong, naming the requirement, and what to do about it."""
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    said = "\n".join(lines)
+    what = "; ".join(dict.fromkeys(errors)) or (lines[-1] if lines else "pip ended without a word")
+    unreachable = re.search(
+        r"(?:Failed to establish|ConnectionError|NameResolutionError|Max retries|"
+        r"ReadTimeout|ConnectTimeout|Connection refused|SSLError|certificate verify failed)",
+        said,
+    )
+    if unreachable:
+        return (
+            f"{what} (the package index was not reached: {unreachable[0]})",
+            "check the network, and the host's pip configuration (`pip config list`)",
+        )
+    return what, (
+        "correct the requirement in the recipe (`python.requirements`); only wheels for the "
+        "guest's Python are installed, nothing is compiled"
+    )
+
+
+def _tidy(python: GuestPython, recipe: Recipe) -> None:
+    root = str(python.packages).removesuffix(
+        f"/usr/local/lib/python{python.version}/dist-packages"
+    )
+    # pip wrote where it ran; the guest finds its interpreter at /usr/bin.
+    for script in (Path(root) / "usr/local/bin").iterdir():
+        if script.is_file() and not script.is_symlink():
+            content = script.read_bytes()
+            if root.encode() in content:
+                script.write_bytes(content.replace(root.encode(), b""))
+    # Where on the host pip's wheel lay concerns nobody.
+    for record in python.packages.glob("pip-*.dist-info/direct_url.json"):
+        record.unlink()
+    for pattern in recipe.python.prune:
+        for path in python.packages.glob(pattern):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def check_imports(python: GuestPython, recipe: Recipe, tools: Tools) -> None:
+    """Import what the recipe preloads, once, here: a mistake is told now, not at a VM's boot.
+
+    Raises:
+        ImageError: a module of ``preload`` is not in the image, or does not import.
+    """
+    for module in recipe.preload:
+        try:
+            tools.run(
+                python.argv("-c", f"import {module}"),
+                env=python.environment(HOME="/nonexistent", MPLBACKEND="agg", MPLCONFIGDIR=""),
+            )
+        except ToolFailed as error:
+            raise ImageError(
+                f"`import {module}` fails in the image: {error.lines[-1] if error.lines else ''}",
+                hint="correct `preload` or `python.requirements` in the recipe",
+                log_path=tools.log_path,
+            ) from error
+
+
+def compile_bytecode(
+    python: GuestPython, root: Path, directories: Sequence[Path], tools: Tools
+) -> None:
+    """Compile the modules in *directories*, some at a time, for the guest's paths.
+
+    Hash-based and unchecked (PEP 552): the image gives every file the same time stamp, and
+    nothing in it changes.
+    """
+    if not directories:
+        return
+    shards: list[list[Path]] = [[] for _ in range(min(len(os.sched_getaffinity(0)), 4))]
+    for index, directory in enumerate(directories):
+        shards[index % len(shards)].append(directory)
+
+    def compile_shard(shard: list[Path]) -> None:
+        # A package may ship a template that is no valid Python: not a reason to fail.
+        tools.run(
+            python.argv(
+                "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
+                "-s", root, "-p", "/", *shard,
+            ),
+            env=python.environment(),
+            allow_failure=True,
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(len(shards)) as pool:
+        list(pool.map(compile_shard, [shard for shard in shards if shard]))
+
+
+def build_font_cache(python: GuestPython, root: Path, home: Path, tools: Tools) -> None:
+    """Write matplotlib's list of fonts, if it is in the image: seconds of the first plot."""
+    if not (python.packages / "matplotlib/font_manager.py").exists():
+        return
+    cache = home / ".cache/matplotlib"
+    cache.mkdir(parents=True, exist_ok=True)
+    # Only time is lost without it, so what a future matplotlib does otherwise is no failure.
+    tools.run(
+        python.argv("-c", _FONT_CACHE, root, cache),
+        env=python.environment(HOME="/nonexistent", MPLCONFIGDIR=str(cache), MPLBACKEND="agg"),
+        allow_failure=True,
+    )
+
+
+def distributions(python: GuestPython) -> list[str]:
+    """``name==version`` of every Python distribution that pip installed, sorted."""
+    found = []
+    for metadata in python.packages.glob("*.dist-info/METADATA"):
+        head = metadata.read_text(encoding="utf-8", errors="replace").split("\n\n", 1)[0]
+        fields = dict(re.findall(r"^(Name|Version): *(\S+)", head, re.MULTILINE))
+        found.append(f"{fields.get('Name', '?')}=={fields.get('Version', '?')}")
+    return sorted(found, key=str.lower)

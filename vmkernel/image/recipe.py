@@ -1,0 +1,184 @@
+"""What a guest is made of: a recipe, read from a small TOML file.
+
+Recipes of the project lie in ``images/`` and are named by their file; one of the user's own is
+named by its path. `image.builder` makes an image of a recipe, the image's manifest keeps the
+recipe, and `vm.template` reads preloads and memory from there. Floor 2.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from vmkernel.errors import ImageError
+from vmkernel.resources import resource_dir
+from vmkernel.values import parse_size, recipe_name
+
+Engine = Literal["python", "relay"]
+
+# Debian policy 5.6.1. mmdebstrap would take more (apt patterns, paths of .deb files): a recipe
+# that names a package by its name can be locked and repeated.
+DebianPackage = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9+.-]+$")]
+# A requirement (PEP 508) and no option of pip's: "-r", "--index-url" and such belong to pip's own
+# configuration, not into a file that may come from somebody else.
+Requirement = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][^\r\n]*$")]
+ModuleName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+# Below site-packages, no way out of it.
+PrunePattern = Annotated[str, msgspec.Meta(pattern=r"^(?!.*\.\.)[A-Za-z0-9_][\w./*?-]*$")]
+
+# What every guest needs for the agent and the engine (vmkernel.guest) to run in it.
+_ALWAYS_REQUIRED = ("msgspec",)
+
+
+class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the recipe's file: a key that nobody knows is an error, not a wish unheard."""
+
+
+class Language(_Strict, frozen=True, kw_only=True):
+    """How a front end shows the kernel."""
+
+    name: str = "python"
+    """As in a kernelspec's ``language``."""
+    display_name: str = "Python (microVM)"
+
+
+class Debian(_Strict, frozen=True, kw_only=True):
+    """Packages of the distribution, besides those that every image has."""
+
+    packages: tuple[DebianPackage, ...] = ()
+
+
+class Python(_Strict, frozen=True, kw_only=True):
+    """Python distributions, installed by pip from wheels."""
+
+    requirements: tuple[Requirement, ...] = ()
+    prune: tuple[PrunePattern, ...] = ()
+    """Glob patterns below the directory of installed packages: what is left out of the image."""
+
+
+class Recipe(_Strict, frozen=True, kw_only=True):
+    """One recipe."""
+
+    name: str
+    description: str = ""
+    engine: Engine = "python"
+    """``python``: IPython in the guest's own process. ``relay``: *argv*, an unmodified kernel."""
+    argv: tuple[str, ...] = ()
+    """Only for ``relay``: the kernel's command, with ``{connection_file}`` in it."""
+    preload: tuple[ModuleName, ...] = ()
+    """Modules imported in the memory template: free for every kernel after."""
+    memory: int | None = None
+    """MiB that a VM of this image gets when no setting says otherwise."""
+    language: Language = Language()
+    debian: Debian = Debian()
+    python: Python = Python()
+
+    def requirements(self) -> tuple[str, ...]:
+        """What pip is to install: the recipe's requirements and what every guest needs."""
+        named = {distribution_name(text) for text in self.python.requirements}
+        return self.python.requirements + tuple(n for n in _ALWAYS_REQUIRED if n not in named)
+
+
+def distribution_name(requirement: str) -> str:
+    """The normalised name (PEP 503) that a requirement such as ``"Foo_Bar[x]>=1"`` begins with."""
+    match = re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", requirement)
+    return re.sub(r"[-_.]+", "-", match[0] if match else requirement).lower()
+
+
+def recipe_names() -> list[str]:
+    """The names of the project's own recipes, sorted."""
+    return sorted(path.stem for path in resource_dir("images").glob("*.toml"))
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """The recipe of this name among the project's own, or in the TOML file at this path.
+
+    Text with a ``/`` in it, or ending in ``.toml``, is a path.
+
+    Raises:
+        ImageError: there is no such recipe, or its file has a mistake; names file and key.
+    """
+    text = str(name_or_path)
+    if is_recipe_path(text):
+        return _read(Path(text).expanduser())
+    path = resource_dir("images") / f"{text}.toml"
+    # The name came from a person: "../x" is no name, so it cannot leave the directory.
+    if text not in recipe_names():
+        raise ImageError(
+            f"There is no recipe {text!r}.",
+            hint=f"the recipes are: {', '.join(recipe_names())}; "
+            "for one of your own give its file: ./NAME.toml",
+        )
+    recipe = _read(path)
+    if recipe.name != text:
+        raise _mistake(path, f"the name is {recipe.name!r}, not that of its file")
+    return recipe
+
+
+def is_recipe_path(text: str) -> bool:
+    """Whether *text* means a recipe's file, not its name."""
+    return "/" in text or text.endswith(".toml")
+
+
+def _read(path: Path) -> Recipe:
+    import tomllib  # the kernel's start path imports this module, and never reads TOML by it
+
+    try:
+        content: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ImageError(
+            f"The recipe {path} cannot be read: {error}",
+            hint="give the path of a readable text file (UTF-8)",
+        ) from error
+    except tomllib.TOMLDecodeError as error:
+        raise _mistake(path, f"it is not valid TOML: {error}") from error
+    try:
+        if "memory" in content:
+            content["memory"] = parse_size(content["memory"])
+    except ValueError as error:
+        raise _mistake(path, f"`memory` is {content['memory']!r}: {error}") from error
+    try:
+        recipe = msgspec.convert(content, Recipe)
+    except msgspec.ValidationError as error:
+        raise _mistake(path, _in_words(str(error))) from error
+    _check(recipe, path)
+    return recipe
+
+
+def _check(recipe: Recipe, path: Path) -> None:
+    try:
+        recipe_name(recipe.name)
+    except ValueError as error:
+        raise _mistake(
+            path,
+            f"`name` is {recipe.name!r}; allowed are lower-case letters, digits, '.', '_', '-'",
+        ) from error
+    if recipe.memory is not None and not 64 <= recipe.memory <= 1024**2:
+        raise _mistake(path, f"`memory` is {recipe.memory} MiB; allowed are 64M to 1T")
+    if recipe.engine == "relay" and not any("{connection_file}" in word for word in recipe.argv):
+        raise _mistake(path, "`engine = \"relay\"` needs `argv` with \"{connection_file}\" in it")
+    if recipe.engine == "python" and recipe.argv:
+        raise _mistake(path, "`argv` is only for `engine = \"relay\"`")
+    if recipe.engine == "python":
+        named = {distribution_name(text) for text in recipe.python.requirements}
+        if "ipykernel" not in named:
+            raise _mistake(path, "`python.requirements` lacks ipykernel, the engine's base")
+
+
+def _in_words(error: str) -> str:
+    # msgspec: "Object contains unknown field `x` - at `$.python`"
+    unknown = re.fullmatch(r"Object contains unknown field `(.+?)`(?: - at `\$\.?(.*)`)?", error)
+    if unknown:
+        table = f"{unknown[2]}." if unknown[2] else ""
+        return f"there is no key `{table}{unknown[1]}`"
+    return error.replace("`$.", "`").replace("Object missing required field", "it lacks the key")
+
+
+def _mistake(path: Path, what: str) -> ImageError:
+    return ImageError(
+        f"The recipe {path} has a mistake: {what}.",
+        hint="correct the file; images/datascience.toml is an example of every part",
+    )

@@ -1,0 +1,239 @@
+"""The images on this host: found, listed, verified, removed.
+
+An image is a directory ``<images_dir>/<recipe's name>`` with the files below and a manifest.
+Finding one lies on the start path of a clone: it reads the manifest and the files' sizes, and
+nothing else. Whoever wants to know that every byte is right asks `verify_image`. Floor 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from vmkernel.errors import ImageError
+from vmkernel.image.recipe import Recipe, is_recipe_path, load_recipe
+from vmkernel.settings import Settings
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+ROOTFS, KERNEL, INITRD, LOCK = "rootfs.erofs", "vmlinuz", "initrd.base", "lock.txt"
+FILES = (ROOTFS, KERNEL, INITRD, LOCK)
+
+
+class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file of the image must be."""
+
+    size: int
+    """Bytes."""
+    sha256: str
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """``manifest.json``: what the image is made of."""
+
+    format: int
+    recipe: Recipe
+    kernel_release: str
+    python_version: str
+    debian_suite: str
+    created: str
+    """ISO 8601, UTC."""
+    files: dict[str, FileRecord]
+
+
+class Image(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished image on this host."""
+
+    name: str
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it was built from."""
+        return self.manifest.recipe
+
+    @property
+    def rootfs(self) -> Path:
+        """The guest's root file system (EROFS)."""
+        return self.directory / ROOTFS
+
+    @property
+    def kernel(self) -> Path:
+        """The guest's kernel."""
+        return self.directory / KERNEL
+
+    @property
+    def initrd(self) -> Path:
+        """The initial RAM disk, to which the template's builder appends the guest's code."""
+        return self.directory / INITRD
+
+    @property
+    def lock(self) -> Path:
+        """Every package in the image with its version."""
+        return self.directory / LOCK
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(record.size for record in self.manifest.files.values())
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that a VM sees of it: equal for images that are equal."""
+        state = hashlib.sha256()
+        for name in (ROOTFS, KERNEL, INITRD):
+            state.update(f"{name} {self.manifest.files[name].sha256}\n".encode())
+        return state.hexdigest()
+
+
+def find_image(name: str, settings: Settings) -> Image:
+    """The image of this recipe (a name, or the path of a recipe's file).
+
+    Raises:
+        ImageError: there is none, or it is visibly damaged (manifest, sizes).
+    """
+    if is_recipe_path(name):
+        hint_name, name = name, load_recipe(name).name
+    else:
+        hint_name = name
+    directory = settings.images_dir / name
+    build = f"vmkernel image build {hint_name}"
+    try:
+        content = (directory / MANIFEST).read_bytes()
+    except FileNotFoundError as error:
+        raise ImageError(
+            f"There is no image {name!r} in {settings.images_dir}.", hint=f"build it: {build}"
+        ) from error
+    except OSError as error:
+        raise ImageError(
+            f"The image {name!r} cannot be read: {error}",
+            hint="give this user the right to read it, or set VMKERNEL_IMAGES_DIR to another place",
+        ) from error
+    try:
+        manifest = msgspec.json.decode(content, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise ImageError(
+            f"The manifest of image {name!r} is damaged or of another version: {error}",
+            hint=f"build it again: {build} --force",
+        ) from error
+    if manifest.format != FORMAT or not manifest.files.keys() >= set(FILES):
+        raise ImageError(
+            f"The image {name!r} has format {manifest.format}; this version of vmkernel needs "
+            f"format {FORMAT}.",
+            hint=f"build it again: {build} --force",
+        )
+    for file, record in manifest.files.items():
+        try:
+            size = os.stat(directory / file).st_size  # noqa: PTH116 - as cheap as can be
+        except OSError as error:
+            raise _damaged(name, file, f"cannot be read ({error.strerror})", build) from error
+        if size != record.size:
+            raise _damaged(name, file, f"has {size} bytes instead of {record.size}", build)
+    return Image(name=name, directory=directory, manifest=manifest)
+
+
+def list_images(settings: Settings) -> list[tuple[str, Image | ImageError]]:
+    """Every image in ``images_dir``, by name; one that cannot be used comes with its error."""
+    found: list[tuple[str, Image | ImageError]] = []
+    try:
+        names = sorted(entry.name for entry in os.scandir(settings.images_dir) if entry.is_dir())
+    except OSError:
+        return []
+    for name in names:
+        if name.startswith("."):
+            continue  # under way, or left by a builder that was killed
+        try:
+            found.append((name, find_image(name, settings)))
+        except ImageError as error:
+            found.append((name, error))
+    return found
+
+
+def verify_image(
+    name: str, settings: Settings, *, progress: Callable[[str, float], None] | None = None
+) -> Image:
+    """Read every byte of an image and compare checksums; *progress* gets file and fraction.
+
+    Raises:
+        ImageError: as `find_image`, or a file's content differs; names the file.
+    """
+    image = find_image(name, settings)
+    done = 0
+    for file, record in image.manifest.files.items():
+
+        def advance(size: int, file: str = file, before: int = done) -> None:
+            if progress is not None:
+                progress(file, (before + size) / max(1, image.size))
+
+        try:
+            found = sha256_of(image.directory / file, advance)
+        except OSError as error:
+            raise _damaged(
+                image.name, file, f"cannot be read ({error})", f"vmkernel image build {name}"
+            ) from error
+        if found != record.sha256:
+            raise _damaged(
+                image.name,
+                file,
+                f"has changed since it was built (sha256 {found[:12]}… instead of "
+                f"{record.sha256[:12]}…)",
+                f"vmkernel image build {name}",
+            )
+        done += record.size
+    return image
+
+
+def remove_image(name: str, settings: Settings) -> None:
+    """Remove an image, damaged or not. VMs that run from it go on; new ones cannot start.
+
+    Raises:
+        ImageError: there is none, or it could not be removed.
+    """
+    import shutil
+
+    from vmkernel.image.builder import image_lock
+
+    directory = settings.images_dir / name
+    if name.startswith(".") or "/" in name or not directory.is_dir():
+        raise ImageError(
+            f"There is no image {name!r} in {settings.images_dir}.", hint="see vmkernel image list"
+        )
+    with image_lock(name, settings):
+        # Out of sight in one step, so nobody finds half an image; then at leisure.
+        doomed = settings.images_dir / f".tmp-{name}-{os.getpid()}-removed"
+        try:
+            directory.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            raise ImageError(
+                f"The image {name!r} could not be removed: {error}",
+                hint=f"remove the directory {directory} by hand",
+            ) from error
+
+
+def sha256_of(path: Path, progress: Callable[[int], None] = lambda size: None) -> str:
+    """The SHA-256 of a file in hexadecimal; *progress* gets the bytes read so far.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    state = hashlib.sha256()
+    done = 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            state.update(chunk)
+            done += len(chunk)
+            progress(done)
+    return state.hexdigest()
+
+
+def _damaged(name: str, file: str, how: str, build: str) -> ImageError:
+    return ImageError(
+        f"The image {name!r} is damaged: its file {file} {how}.",
+        hint=f"build it again: {build} --force",
+    )
