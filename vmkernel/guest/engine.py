@@ -12,7 +12,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import faulthandler
 import json
+import logging
 import os
 import signal
 import site
@@ -23,6 +25,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning that helps nobody
+
 import ipykernel.debugger
 import msgspec
 from ipykernel.ipkernel import IPythonKernel
@@ -30,7 +34,6 @@ from ipykernel.jsonutil import json_clean
 from jupyter_client.session import Session, extract_header, json_default
 from traitlets.config import Config
 
-from vmkernel.errors import ProtocolError
 from vmkernel.guest.port import Interrupts, Port
 from vmkernel.guest.streams import OutputPump, PortStream
 from vmkernel.guest.wake import reseed_process
@@ -167,7 +170,9 @@ class Engine:
         config.HistoryManager.hist_file = ":memory:"
         # What plain ipykernel's app sets up (ipykernel.kernelapp, init_shell and friends)
         config.IPKernelApp.connection_file = ""
-        self.kernel = PortKernel(session=session, config=config, user_ns=None)
+        log = logging.getLogger("vmkernel")
+        log.addHandler(logging.NullHandler())
+        self.kernel = PortKernel(session=session, config=config, log=log)
         self.kernel.iopub_socket = "iopub"
         self.kernel.interrupts = self.interrupts
         self.kernel.port = self.port
@@ -190,6 +195,7 @@ class Engine:
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
         self.interrupts.install()
+        faulthandler.enable(file=2)  # what it prints is shown with the news of the death
         self.pump.start()
         loop.add_reader(self.port.fd, self._on_readable)
         loop.call_soon(self._warm_up, on_ready)
@@ -255,7 +261,7 @@ class Engine:
                 await self._wake(request)
                 return
             if not self._awake:
-                raise ProtocolError("a request before the wake-up")
+                raise RuntimeError("a request came before the wake-up")
             await self._serve_jupyter(request, buffers)
 
     async def _serve_jupyter(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
@@ -295,7 +301,6 @@ class Engine:
         content = messages.decode(bytes(request.content), messages.WakeKernel)
         reseed_process(content.entropy)
         os.environ.update(content.env)
-        os.environ.pop("TZ", None) if not content.env.get("TZ") else None
         time.tzset()
         if content.cwd:
             try:

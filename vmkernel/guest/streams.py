@@ -175,19 +175,22 @@ class OutputPump:
         names = {fd: name for name, fd in self._fds.items()}
         for fd in (*names, self._event):
             poll.register(fd, select.POLLIN)
+        deadline = 0.0  # when what is buffered must go out; 0: nothing is
         while True:
-            for fd, _ in poll.poll():
+            timeout = max(0.0, deadline - time.monotonic()) * 1000 if deadline else None
+            for fd, _ in poll.poll(timeout):
                 if fd in names:
                     self._read(names[fd], fd)
-            time.sleep(FLUSH_INTERVAL)
-            try:
-                os.eventfd_read(self._event)
-            except BlockingIOError:
-                pass
-            self._awake = False
-            for stream in self.streams.values():
-                stream.flush_buffer()
-            self._flush_port()
+                else:
+                    os.eventfd_read(fd)
+                if not deadline:
+                    deadline = time.monotonic() + FLUSH_INTERVAL
+            if deadline and time.monotonic() >= deadline:
+                deadline = 0.0
+                self._awake = False
+                for stream in self.streams.values():
+                    stream.flush_buffer()
+                self._flush_port()
 
 
 def _readable(fd: int) -> bool:

@@ -1,0 +1,209 @@
+"""A VM with a guest kernel in it that is awake: what a request can be sent to.
+
+Where it stands: over ``vm.machine`` (the VM) and the protocol, under the wrapper kernel.  It
+knows wake-up, interrupt and the replacement of a dead guest kernel; what the requests mean
+is its owner's business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import msgspec
+
+from vmkernel.errors import VmError, VmGuestError
+from vmkernel.protocol import frames, messages
+from vmkernel.vm.machine import Spawned, Vm
+
+OnOutput = Callable[[messages.FromGuest, Sequence[memoryview]], None]
+
+
+class KernelDeath(msgspec.Struct):
+    """How a guest kernel ended while its VM went on."""
+
+    reason: str
+    hint: str
+    output: str
+    asked_for: bool
+    """It ended with status 0, as after ``exit()``."""
+
+
+class Guest:
+    """One VM and its guest kernel.
+
+    ``on_output(message, buffers)``: an answer or output.  ``on_kernel_death(death)``: the guest
+    kernel is gone, the VM is not; see :meth:`restart_kernel`.  ``on_end(error)``: the VM is
+    gone.  None of them is called after :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        spawned: Spawned,
+        *,
+        on_output: OnOutput,
+        on_kernel_death: Callable[[KernelDeath], None],
+        on_end: Callable[[VmError], None],
+    ) -> None:
+        self.vm = Vm(
+            spawned, on_event=self._on_event, on_message=self._on_message, on_end=self._on_vm_end
+        )
+        self._on_output = on_output
+        self._on_kernel_death = on_kernel_death
+        self._on_end = on_end
+        self._woken: asyncio.Future[None] | None = None
+        self._ready: asyncio.Future[None] | None = None
+        self._wakes = 0
+
+    def __repr__(self) -> str:
+        return f"<Guest {self.vm!r}>"
+
+    async def wake(self, env: dict[str, str], cwd: str, timeout: float) -> None:
+        """Make a fresh clone different from its twins, kernel and process at once.
+
+        Nothing else may be sent before this returned.  Raises VmGuestError.
+        """
+        async with asyncio.timeout(timeout + 1.0):
+            kernel = asyncio.ensure_future(self._wake_kernel(env, cwd, timeout))
+            try:
+                await self.vm.wake(self.vm.machine.vm_id, timeout)
+                await kernel
+            finally:
+                kernel.cancel()
+
+    async def _wake_kernel(self, env: dict[str, str], cwd: str, timeout: float) -> None:
+        self._woken = asyncio.get_running_loop().create_future()
+        self._wakes += 1
+        content = messages.WakeKernel(entropy=os.urandom(64), env=env, cwd=cwd)
+        self.send(
+            messages.ToGuest(
+                "control",
+                f"wake-{self._wakes}",
+                "wake_request",
+                msgspec.Raw(b"{}"),
+                msgspec.Raw(b"{}"),
+                msgspec.Raw(messages.encode_json(content)),
+            )
+        )
+        try:
+            async with asyncio.timeout(timeout):
+                await self._woken
+        except TimeoutError as error:
+            raise await self.vm.failed(
+                f"The guest kernel did not wake up within {timeout:g} s", VmGuestError
+            ) from error
+
+    def send(self, request: messages.ToGuest, buffers: Sequence[frames.Piece] = ()) -> None:
+        """Send a request to the guest kernel.  Raises VmGuestError when the VM has ended."""
+        self.vm.kernel.send(messages.encode_json(request), buffers)
+
+    async def interrupt(self) -> None:
+        """SIGINT to the guest kernel and its children.  Raises VmGuestError."""
+        await self.vm.agent.call(messages.Interrupt())
+
+    async def restart_kernel(self, env: dict[str, str], cwd: str, timeout: float) -> None:
+        """Put a new guest kernel in the place of one that died; the VM's files stay.
+
+        Raises VmGuestError.
+        """
+        marker = os.urandom(frames.MARKER_SIZE)
+        self._ready = asyncio.get_running_loop().create_future()
+        self.vm.kernel.resync(marker)
+        await self.vm.agent.call(messages.StartKernel(marker))
+        try:
+            async with asyncio.timeout(timeout):
+                await self._ready
+        except TimeoutError as error:
+            raise VmGuestError(
+                f"a new guest kernel was not ready within {timeout:g} s",
+                hint="restart the kernel",
+            ) from error
+        await self._wake_kernel(env, cwd, timeout)
+
+    async def close(self) -> None:
+        """End the VM."""
+        self._fail(VmGuestError("the VM was shut down", hint="start a new kernel"))
+        await self.vm.close()
+
+    # --- from the VM ---
+
+    def _on_message(self, body: memoryview, buffers: list[memoryview]) -> None:
+        message = messages.decode(body, messages.FromGuest)
+        if message.msg_type == "wake_reply":
+            if self._woken is not None and not self._woken.done():
+                self._woken.set_result(None)
+        elif self._woken is not None and self._woken.done():
+            self._on_output(message, buffers)
+        # Before the wake-up a guest has nothing to say: fail closed.
+
+    def _on_event(self, event: messages.FromAgent) -> None:
+        if isinstance(event, messages.KernelDied):
+            self._on_kernel_death(explain_death(event))
+        elif isinstance(event, messages.Ready):
+            if self._ready is not None and not self._ready.done():
+                self._ready.set_result(None)
+        elif isinstance(event, messages.Failed):
+            self._fail(VmGuestError(event.reason, hint="restart the kernel"))
+
+    def _on_vm_end(self, error: VmError) -> None:
+        self._fail(error)
+        self._on_end(error)
+
+    def _fail(self, error: VmError) -> None:
+        for future in (self._woken, self._ready):
+            if future is not None and not future.done():
+                future.set_exception(error)
+                future.exception()  # seen: nobody may be waiting
+
+
+def explain_death(event: messages.KernelDied) -> KernelDeath:
+    """What a person is told about the end of a guest kernel."""
+    if event.oom:
+        return KernelDeath(
+            "The guest ran out of memory, and its kernel was killed",
+            "use less memory, or give the VM more: VMKERNEL_MEMORY, or --memory in the kernelspec",
+            event.output,
+            False,
+        )
+    if event.signal is not None:
+        try:
+            name = signal.Signals(event.signal).name
+        except ValueError:
+            name = f"signal {event.signal}"
+        return KernelDeath(
+            f"The guest kernel was killed by {name}",
+            "a crash in native code is the usual cause of SIGSEGV, SIGBUS and SIGABRT"
+            if name in ("SIGSEGV", "SIGBUS", "SIGABRT")
+            else "look for what the code did to its own process",
+            event.output,
+            False,
+        )
+    return KernelDeath(
+        f"The guest kernel ended with exit status {event.exit_code}",
+        "the code called os._exit, or exited in some other hard way",
+        event.output,
+        event.exit_code == 0,
+    )
+
+
+def guest_environment(environ: dict[str, str]) -> dict[str, str]:
+    """What of the host's environment a guest gets: a list, since the rest is the host's own."""
+    names = ("JPY_SESSION_NAME", "IPYKERNEL_CELL_NAME", "COLUMNS", "LINES", "MPLBACKEND", "TZ")
+    env: dict[str, Any] = {name: environ[name] for name in names if name in environ}
+    if "TZ" not in env:
+        zone = local_zone()
+        if zone:
+            env["TZ"] = zone
+    return env
+
+
+def local_zone() -> str:
+    """The host's time zone by its name (localtime(5)), "" when it has none."""
+    try:
+        target = os.readlink("/etc/localtime")
+    except OSError:
+        return ""
+    return target.partition("zoneinfo/")[2]

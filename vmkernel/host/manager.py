@@ -1,0 +1,313 @@
+"""Starting a VM, from nothing to a guest that is awake: the one staircase for everyone.
+
+The order is fixed: record, slot, accelerator, template, QEMU, state, wake-up.  Each step has
+its own error, and a failure or cancellation at any of them gives back what was taken.
+
+A start whose parts are all at hand (a free slot, a known accelerator, a template) can be
+begun before the event loop, by :func:`begin`: QEMU then comes up while the wrapper kernel is
+still importing.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from vmkernel.errors import VmBootError, VmError
+from vmkernel.host import registry
+from vmkernel.host.capacity import Slot, boot_slots, vm_slots
+from vmkernel.vm import accel
+from vmkernel.vm.machine import Spawned, spawn
+from vmkernel.vm.qemu import find_qemu
+from vmkernel.vm.template import Spec, Template, ensure_template, find_template
+
+if TYPE_CHECKING:
+    from vmkernel.host.guest import Guest, KernelDeath, OnOutput
+    from vmkernel.settings import Settings
+    from vmkernel.vm.command import Accelerator
+
+KEPT_LOGS = 20
+"""How many failed VMs' logs are kept."""
+
+Progress = Callable[[str], None]
+"""progress(one line for a person: what is being waited for)"""
+
+
+class Label(msgspec.Struct, frozen=True):
+    """Whose VM it is, for the record."""
+
+    kernel_id: str = ""
+    connection_file: str = ""
+
+
+class Started(msgspec.Struct):
+    """A clone whose QEMU has been started."""
+
+    record: registry.VmRecord
+    template: Template
+    spawned: Spawned
+    state_fd: int
+    """The number, in QEMU, of the device state's descriptor."""
+
+
+def spec_for(settings: Settings, accelerator: Accelerator) -> Spec:
+    """What the template of these settings is made from.  Raises ImageError, VmBootError."""
+    from vmkernel.image.store import find_image
+    from vmkernel.vm.tsc import tsc_khz
+
+    qemu = find_qemu(settings.qemu, os.environ.get("PATH", os.defpath))
+    return Spec(
+        image=find_image(settings.recipe, settings),
+        qemu=qemu,
+        qemu_version=accel.qemu_version(qemu, settings.state_dir),
+        accelerator=accelerator,
+        memory=settings.memory,
+        vcpus=settings.vcpus,
+        scratch_size=settings.scratch_size,
+        tsc_khz=tsc_khz(settings.state_dir) if accelerator == "tcg" else 0,
+    )
+
+
+def begin(settings: Settings, label: Label) -> Started | None:
+    """Start a clone at once, if nothing has to be waited for; else None.  Needs no event loop.
+
+    From the main thread.  Raises VmError for what waiting would not mend.
+    """
+    choice = accel.remembered_choice(settings)
+    if choice is None:
+        return None
+    spec = spec_for(settings, choice.accelerator)
+    template = find_template(spec, settings)
+    if template is None:
+        return None
+    slot = vm_slots(settings).acquire_nowait(label=label.kernel_id)
+    if slot is None:
+        return None
+    with slot:
+        record = _new_record(settings, label)
+        try:
+            return _spawn_clone(settings, spec, template, record, slot)
+        except BaseException:
+            registry.remove_vm(settings, record.vm_id)
+            raise
+
+
+class VmStart:
+    """One VM on its way up, and its end: ``await start.guest(…)``, later ``await start.close()``."""
+
+    def __init__(self, settings: Settings, label: Label, begun: Started | None = None) -> None:
+        self.settings = settings
+        self.label = label
+        self.warning: str | None = None
+        self.accelerator = ""
+        self.template: Template | None = None
+        self.vm_id = ""
+        self._begun = begun
+        self._guest: Guest | None = None
+
+    async def guest(
+        self,
+        *,
+        on_output: OnOutput,
+        on_kernel_death: Callable[[KernelDeath], None],
+        on_end: Callable[[VmError], None],
+        env: dict[str, str],
+        progress: Progress,
+    ) -> Guest:
+        """Bring the VM up and wake it.  Raises VmError; cancelling it leaves nothing behind."""
+        from vmkernel.host.guest import Guest
+
+        try:
+            started = self._begun or await self._start(progress)
+            self._begun = None
+            self.template = started.template
+            self.vm_id = started.record.vm_id
+            self.accelerator = started.spawned.machine.accelerator
+            guest = self._guest = Guest(
+                started.spawned,
+                on_output=on_output,
+                on_kernel_death=on_kernel_death,
+                on_end=on_end,
+            )
+            console = log_dir(self.settings, self.vm_id) / "console.log"
+            await guest.vm.attach(console, self.settings.console_log_size << 20)
+            await self._load(guest, started.state_fd)
+            await guest.wake(env, "", self.settings.start_timeout)
+            registry.write_record(
+                self.settings,
+                msgspec.structs.replace(started.record, state=registry.VmState.RUNNING),
+            )
+        except BaseException as error:
+            await self.close(keep_logs=isinstance(error, VmError))
+            raise
+        return guest
+
+    async def close(self, *, keep_logs: bool = False) -> None:
+        """End the VM, whatever state it is in, and remove its record.
+
+        ``keep_logs`` when it failed: the newest logs of failed VMs stay in ``state_dir/logs``.
+        """
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            begun.spawned.abandon()
+            self.vm_id = begun.record.vm_id
+        guest, self._guest = self._guest, None
+        if guest is not None:
+            await guest.close()
+        if self.vm_id:
+            registry.remove_vm(self.settings, self.vm_id)
+            if not keep_logs:
+                shutil.rmtree(log_dir(self.settings, self.vm_id), ignore_errors=True)
+
+    async def _start(self, progress: Progress) -> Started:
+        settings = self.settings
+        registry.sweep(settings)
+        prune_logs(settings)
+        record = _new_record(settings, self.label)
+        self.vm_id = record.vm_id
+        waiting = msgspec.structs.replace(record, state=registry.VmState.WAITING)
+        registry.write_record(settings, waiting)
+        slots = vm_slots(settings)
+        slot = await slots.acquire(
+            on_wait=lambda place: progress(place.text),
+            timeout=settings.queue_timeout,
+            label=self.label.kernel_id,
+        )
+        with slot:
+            registry.write_record(settings, msgspec.structs.replace(record, slot=slot.index))
+            choice = accel.remembered_choice(settings)
+            if choice is None:
+                progress("testing whether KVM works here (once)")
+                choice = await accel.choose_accelerator(settings, self._probe_kvm)
+            self.warning = choice.warning
+            spec = spec_for(settings, choice.accelerator)
+            template = find_template(spec, settings)
+            if template is None:
+                template = await ensure_template(
+                    spec,
+                    settings,
+                    lambda text, done: progress(
+                        f"preparing the VM template (first run only): {text}, {done:.0%}"
+                    ),
+                    _BootSlot(settings, progress),
+                )
+            return _spawn_clone(settings, spec, template, record, slot)
+
+    async def _probe_kvm(self) -> None:
+        from vmkernel.vm.build import prove_accelerator
+
+        await prove_accelerator(spec_for(self.settings, "kvm"), self.settings, 15.0)
+
+    async def _load(self, guest: Guest, state_fd: int) -> None:
+        from vmkernel.vm.monitor import load_state
+
+        monitor = await guest.vm.monitor()
+        try:
+            await load_state(monitor, state_fd, timeout=self.settings.start_timeout)
+        except VmError as error:
+            failure = await guest.vm.failed(error.message, type(error))
+            failure.hint = error.hint
+            raise failure from error
+
+
+class _BootSlot:
+    """Hold a boot slot, which bounds how many VMs boot from cold at once."""
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self._settings = settings
+        self._progress = progress
+        self._slot: Slot | None = None
+
+    async def __aenter__(self) -> None:
+        self._slot = await boot_slots(self._settings).acquire(
+            on_wait=lambda place: self._progress(place.text)
+        )
+
+    async def __aexit__(self, *failure: object) -> None:
+        assert self._slot is not None
+        self._slot.release()
+
+
+def log_dir(settings: Settings, vm_id: str) -> Path:
+    """Where the VM's ``console.log`` and ``qemu.log`` lie."""
+    return settings.state_dir / "logs" / vm_id
+
+
+def prune_logs(settings: Settings) -> None:
+    """Remove old logs of VMs that failed, or whose runner was killed; not those of live ones."""
+    live = {status.record.vm_id for status in registry.list_vms(settings)}
+    try:
+        found = [path for path in (settings.state_dir / "logs").iterdir() if path.name not in live]
+    except OSError:
+        return
+    found.sort(key=_age)
+    for path in found[:-KEPT_LOGS]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _age(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:  # another process removed it
+        return 0
+
+
+def _new_record(settings: Settings, label: Label) -> registry.VmRecord:
+    return registry.create_vm_dir(
+        settings,
+        kernel_id=label.kernel_id,
+        connection_file=label.connection_file,
+        recipe=settings.recipe,
+        memory=settings.memory,
+    )
+
+
+def _spawn_clone(
+    settings: Settings, spec: Spec, template: Template, record: registry.VmRecord, slot: Slot
+) -> Started:
+    """Start QEMU; it takes the slot over.  Raises VmOverlayError, VmBootError, TemplateError."""
+    directory = log_dir(settings, record.vm_id)
+    try:
+        directory.mkdir(mode=0o700, parents=True)
+    except OSError as error:
+        raise VmBootError(
+            f"the directory for the VM's logs, {directory}, could not be made: {error}",
+            hint="free space there, make it writable, or set VMKERNEL_STATE_DIR",
+        ) from error
+    scratch = template.open_scratch(settings.cache_dir)
+    state = -1
+    try:
+        state = template.open_state()
+        spawned = spawn(
+            template.machine(spec, record.vm_id, scratch),
+            directory,
+            keep_fds=(slot.fd, state),
+        )
+    except OSError as error:
+        raise VmBootError(
+            f"the VM could not be started: {error}",
+            hint="Is the limit on open files very low (ulimit -n)? `vmkernel doctor` tells",
+        ) from error
+    finally:
+        os.close(scratch)
+        if state >= 0:
+            os.close(state)
+    from vmkernel.host.processes import identify
+
+    qemu = identify(spawned.process.pid)
+    record = msgspec.structs.replace(
+        record,
+        slot=slot.index,
+        accelerator=spec.accelerator,
+        qemu_pid=spawned.process.pid,
+        qemu_start=qemu.start_time if qemu else 0,
+        console_log=str(directory / "console.log"),
+    )
+    registry.write_record(settings, record)
+    slot.handed_over()
+    return Started(record, template, spawned, state)

@@ -1,0 +1,96 @@
+"""The entry: from the front end's spawn to a kernel that serves, in as little time as may be.
+
+QEMU is started first, when everything it needs is at hand; asyncio, pyzmq and the rest are
+imported while it comes up.  A failure here does not end the kernel: it is told in the notebook,
+as the answer to the first cell.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from vmkernel.errors import VmError
+
+if TYPE_CHECKING:
+    from vmkernel.host.manager import Started
+    from vmkernel.settings import Settings
+
+USAGE = """\
+usage: python -m vmkernel -f CONNECTION_FILE [--SETTING=VALUE ...]
+
+Started by Jupyter front ends; see `vmkernel --help` for the command.
+Settings: as `vmkernel install` writes them into the kernelspec, e.g. --memory=4G."""
+
+
+def parse_arguments(arguments: list[str]) -> tuple[Path, dict[str, str]]:
+    """The connection file, and settings by name.
+
+    Options of the form ``--Class.trait=value`` are IPython's; front ends append them to any
+    kernel that they take for IPython (nbclient: ``--HistoryManager.hist_file``), so they are
+    accepted and left to the guest.  Raises VmError.
+    """
+    connection_file = ""
+    overrides: dict[str, str] = {}
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in ("-f", "--connection-file"):
+            connection_file = next(rest, "")
+        elif argument.startswith("-f="):
+            connection_file = argument[3:]
+        elif argument.startswith("--") and "." in argument.partition("=")[0]:
+            continue
+        elif argument.startswith("--") and "=" in argument:
+            name, _, value = argument[2:].partition("=")
+            overrides[name] = value
+        elif argument == "--debug":
+            overrides["log-level"] = "debug"
+        else:
+            raise VmError(f"unknown argument {argument!r}", hint=USAGE)
+    if not connection_file:
+        raise VmError("no connection file was given", hint=USAGE)
+    return Path(connection_file), overrides
+
+
+def begin(settings: Settings, kernel_id: str) -> Started | None:
+    """Start QEMU now if that is possible; a failure is left for the orderly way to report."""
+    from vmkernel.host.manager import Label
+    from vmkernel.host.manager import begin as begin_vm
+
+    try:
+        return begin_vm(settings, Label(kernel_id, kernel_id))
+    except VmError:
+        return None
+
+
+def main() -> NoReturn:
+    """Run the kernel; never returns."""
+    from vmkernel.settings import Settings, load_settings
+
+    failure: VmError | None = None
+    begun: Started | None = None
+    try:
+        connection_file, overrides = parse_arguments(sys.argv[1:])
+    except VmError as error:
+        sys.exit(error.explain())
+    try:
+        settings = load_settings(overrides)
+        begun = begin(settings, _kernel_id(connection_file))
+    except VmError as error:
+        failure = error
+        settings = Settings()
+    import asyncio
+
+    from vmkernel.kernel.serve import serve
+
+    status = asyncio.run(serve(settings, connection_file, begun, failure))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # nothing is left to tidy: interpreter shutdown would only take time
+
+
+def _kernel_id(connection_file: Path) -> str:
+    """The kernel's id, as Jupyter puts it into the connection file's name."""
+    return connection_file.stem.removeprefix("kernel-")

@@ -1,0 +1,85 @@
+"""What the wrapper answers by itself, without asking the guest.
+
+``kernel_info`` always (a front end connects at once, while the VM is still on its way), the
+connection's data, and modest answers to what an editor asks while there is no guest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vmkernel import __version__
+from vmkernel.errors import VmError
+from vmkernel.kernel.sockets import PROTOCOL_VERSION
+
+HELP_LINKS = [
+    {"text": "Python Reference", "url": "https://docs.python.org/3"},
+    {"text": "IPython Reference", "url": "https://ipython.readthedocs.io/en/stable/"},
+]
+
+# Answers to requests that cannot wait for a VM: an empty one is better than a stuck editor.
+WITHOUT_GUEST: dict[str, dict[str, Any]] = {
+    "history_request": {"status": "ok", "history": []},
+    "complete_request": {
+        "status": "ok", "matches": [], "cursor_start": 0, "cursor_end": 0, "metadata": {},
+    },
+    "inspect_request": {"status": "ok", "found": False, "data": {}, "metadata": {}},
+    "is_complete_request": {"status": "unknown"},
+    "comm_info_request": {"status": "ok", "comms": {}},
+}  # fmt: skip
+
+
+def kernel_info(guest_info: dict[str, Any] | None, python: str, facts: str) -> dict[str, Any]:
+    """The content of a ``kernel_info_reply``.
+
+    ``guest_info`` is what the guest kernel said when the template was saved, None before the
+    first one was built; ``python`` is the image's Python version; ``facts`` is one line about
+    this kernel's VM.
+    """
+    info = guest_info or {
+        "status": "ok",
+        "implementation": "vmsandbox",
+        "implementation_version": __version__,
+        "language_info": {
+            "name": "python",
+            "version": python,
+            "mimetype": "text/x-python",
+            "codemirror_mode": {"name": "ipython", "version": 3},
+            "pygments_lexer": "ipython3",
+            "nbconvert_exporter": "python",
+            "file_extension": ".py",
+        },
+        "help_links": HELP_LINKS,
+    }
+    banner = str(info.get("banner") or f"Python {python}").rstrip()
+    return {
+        **info,
+        "protocol_version": PROTOCOL_VERSION,
+        "banner": f"{banner}\nvmkernel {__version__}: every cell runs in a microVM. {facts}\n",
+        "supported_features": [],
+    }
+
+
+def error_content(name: str, value: str, lines: list[str]) -> dict[str, Any]:
+    """The content of an ``error`` message; ``lines`` become its traceback."""
+    return {"ename": name, "evalue": value, "traceback": lines}
+
+
+def explain(error: VmError) -> dict[str, Any]:
+    """A VmError as the content of an ``error`` message."""
+    lines = [f"\x1b[31m{type(error).__name__}\x1b[39m: {error.message}"]
+    if error.hint:
+        lines.append(f"\x1b[32mWhat to do:\x1b[39m {error.hint}")
+    if error.log_path:
+        lines.append(f"Log: {error.log_path}")
+    return error_content(type(error).__name__, error.message, lines)
+
+
+def interrupted() -> dict[str, Any]:
+    """The error of a cell that was interrupted before it reached a guest."""
+    return error_content(
+        "KeyboardInterrupt",
+        "interrupted while waiting for a VM; the cell did not run",
+        ["\x1b[31mKeyboardInterrupt\x1b[39m: interrupted while waiting for a VM; "
+         "the cell did not run"],
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""The kernel process around the wrapper: signals, the parent's death, the sockets' life."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vmkernel.errors import VmError
+from vmkernel.kernel.sockets import Request, Sockets
+from vmkernel.kernel.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from vmkernel.host.manager import Started
+    from vmkernel.settings import Settings
+
+log = logging.getLogger("vmkernel")
+
+
+async def serve(
+    settings: Settings, connection_file: Path, begun: Started | None, failure: VmError | None
+) -> int:
+    """Serve one kernel; its exit status.
+
+    ``begun`` is a VM that is on its way; ``failure`` an error in the settings, told to every cell.
+    """
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="[vmkernel] %(levelname)s %(message)s"
+    )
+    early: list[Request] = []
+    handler = early.append
+    try:
+        sockets = Sockets(connection_file, lambda request: handler(request))
+    except VmError as error:
+        log.critical("%s", error.explain())
+        if begun is not None:
+            begun.spawned.abandon()
+        return 1
+    kernel_id = connection_file.stem.removeprefix("kernel-")
+    wrapper = Wrapper(settings, sockets, kernel_id, begun, failure)
+    handler = wrapper.on_request
+    for request in early:
+        handler(request)
+    loop = asyncio.get_running_loop()
+    # Some launchers start children with SIGINT blocked; an interrupt would never come through.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    loop.add_signal_handler(signal.SIGINT, wrapper.interrupt)
+    loop.add_signal_handler(signal.SIGTERM, wrapper.stop, 0)
+    with _parent_watch(loop, wrapper):
+        try:
+            return await wrapper.run()
+        finally:
+            sockets.close()
+
+
+@contextlib.contextmanager
+def _parent_watch(loop: asyncio.AbstractEventLoop, wrapper: Wrapper):  # type: ignore[no-untyped-def]
+    """End the kernel when the front end's process ends, as ipykernel does (JPY_PARENT_PID)."""
+    try:
+        fd = os.pidfd_open(int(os.environ["JPY_PARENT_PID"]))
+    except (KeyError, ValueError, OSError):
+        yield
+        return
+    loop.add_reader(fd, wrapper.stop, 1)
+    try:
+        yield
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)

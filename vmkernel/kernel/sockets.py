@@ -1,0 +1,326 @@
+"""The five Jupyter sockets: bound, signed, relayed by one event loop.
+
+The wire protocol is that of https://jupyter-client.readthedocs.io/en/stable/messaging.html
+("The Wire Protocol"): identities, ``<IDS|MSG>``, signature, four JSON parts, buffers.
+Nothing here understands a message beyond its header.  pyzmq is used bare: its asyncio layer and
+jupyter_client's Session would each cost more at start than the rest of this module does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import os
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from vmkernel.errors import VmError
+
+DELIMITER = b"<IDS|MSG>"
+PROTOCOL_VERSION = "5.4"
+CHANNELS = ("shell", "control", "stdin")
+
+_encode = msgspec.json.Encoder().encode
+_decode_header = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+class Request:
+    """A message from a front end."""
+
+    __slots__ = ("aborted", "buffers", "channel", "content", "header", "idents", "metadata", "raw")
+
+    def __init__(
+        self, channel: str, idents: list[bytes], parts: Sequence[bytes], buffers: list[Any]
+    ) -> None:
+        self.channel = channel
+        self.idents = idents
+        self.raw = parts
+        """header, parent header, metadata, content: as they came"""
+        self.header = _decode_header(parts[0])
+        self.content = _decode_header(parts[3])
+        self.buffers = buffers
+        self.aborted = False
+
+    @property
+    def msg_id(self) -> str:
+        """The request's id, by which answers name it."""
+        return str(self.header.get("msg_id", ""))
+
+    @property
+    def msg_type(self) -> str:
+        """Such as ``execute_request``."""
+        return str(self.header.get("msg_type", ""))
+
+    def __repr__(self) -> str:
+        return f"<Request {self.channel} {self.msg_type} {self.msg_id}>"
+
+
+class Sockets:
+    """Binds what the connection file names, and speaks for one kernel session.
+
+    ``on_request(request)`` is called for each message whose signature is right.  Raises VmError
+    when the connection file cannot be read or an address cannot be bound.
+    """
+
+    def __init__(self, connection_file: Path, on_request: Callable[[Request], None]) -> None:
+        self._on_request = on_request
+        self.info = _read_connection_file(connection_file)
+        self.session = os.urandom(16).hex()
+        self.rejected = 0
+        self._key = str(self.info.get("key", "")).encode()
+        self._digest = str(self.info.get("signature_scheme", "hmac-sha256")).removeprefix("hmac-")
+        if self._digest not in hashlib.algorithms_available:
+            raise VmError(
+                f"the connection file wants signatures by {self._digest}, which Python lacks",
+                hint="use the default signature scheme, hmac-sha256",
+            )
+        self._count = 0
+        self._context = zmq.Context()
+        self._context.max_sockets = 16
+        self._loop = asyncio.get_running_loop()
+        self._backlog: list[list[Any]] = []
+        self._on_clear: Callable[[], None] | None = None
+        try:
+            self._sockets = {
+                name: self._bind(name, kind)
+                for name, kind in (
+                    ("shell", zmq.ROUTER),
+                    ("control", zmq.ROUTER),
+                    ("stdin", zmq.ROUTER),
+                    ("iopub", zmq.XPUB),
+                    ("hb", zmq.ROUTER),
+                )
+            }
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise VmError(
+                f"the kernel's sockets cannot be bound: {error}",
+                hint="restart the kernel: another program may have taken a port meanwhile",
+            ) from error
+        for name, sock in self._sockets.items():
+            self._loop.add_reader(sock.FD, self._readable, name)
+            # The descriptor signals changes only: what came before we listened needs a look.
+            self._loop.call_soon(self._readable, name)
+
+    def _bind(self, name: str, kind: int) -> zmq.Socket[bytes]:
+        sock: zmq.Socket[bytes] = self._context.socket(kind)
+        sock.linger = 1000
+        if kind == zmq.ROUTER:
+            # A client that reconnects under its identity gets its answers (ipykernel does so)
+            sock.router_handover = 1
+        if name == "iopub":
+            # Slow subscribers stop the guest instead of losing messages: see publish()
+            sock.setsockopt(zmq.XPUB_NODROP, 1)
+            sock.setsockopt(zmq.XPUB_VERBOSE, 1)  # a welcome for each subscription
+        if self.info.get("curve_secretkey"):
+            sock.curve_secretkey = str(self.info["curve_secretkey"]).encode()
+            sock.curve_publickey = str(self.info["curve_publickey"]).encode()
+            sock.curve_server = True
+        port = int(self.info[f"{name}_port"])
+        if self.info.get("transport", "tcp") == "ipc":
+            sock.bind(f"ipc://{self.info['ip']}-{port}")
+        else:
+            address = f"tcp://{self.info['ip']}:{port}" if port else f"tcp://{self.info['ip']}:*"
+            sock.bind(address)
+        return sock
+
+    # --- in ---
+
+    def _readable(self, name: str) -> None:
+        sock = self._sockets.get(name)
+        if sock is None:  # closed
+            return
+        for _ in range(64):
+            if not sock.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+                if name == "iopub" and self._backlog:
+                    self._flush_backlog()
+                return
+            frames = sock.recv_multipart(zmq.NOBLOCK, copy=True)
+            if name == "hb":
+                sock.send_multipart(frames)
+            elif name == "iopub":
+                if frames[0][:1] == b"\x01":
+                    self._welcome(frames[0][1:])
+            else:
+                request = self._parse(name, frames)
+                if request is not None:
+                    self._on_request(request)
+        # Others want a turn too; the descriptor will not tell again what is already there.
+        self._loop.call_soon(self._readable, name)
+
+    def drain(self, channel: str) -> None:
+        """Take in everything that has arrived on ``channel`` by now."""
+        sock = self._sockets[channel]
+        while sock.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            request = self._parse(channel, sock.recv_multipart(zmq.NOBLOCK, copy=True))
+            if request is not None:
+                self._on_request(request)
+        self._loop.call_soon(self._readable, channel)
+
+    def _parse(self, channel: str, frames: list[bytes]) -> Request | None:
+        try:
+            at = frames.index(DELIMITER)
+            signature, *parts = frames[at + 1 : at + 6]
+            if len(parts) != 4:
+                raise ValueError("fewer than four parts")
+            if self._key and not hmac.compare_digest(signature, self.sign(parts)):
+                raise ValueError("wrong signature")
+            return Request(channel, frames[:at], parts, frames[at + 6 :])
+        except (ValueError, msgspec.MsgspecError):
+            # Not from our front end: ipykernel logs and drops it, too.
+            self.rejected += 1
+            return None
+
+    def _welcome(self, topic: bytes) -> None:
+        """Tell a new subscriber that it is heard (JEP 65, message iopub_welcome)."""
+        self.publish("iopub_welcome", {"subscription": topic.decode(errors="replace")}, topic=topic)
+
+    # --- out ---
+
+    def sign(self, parts: Sequence[bytes]) -> bytes:
+        """The signature of a message's four parts; empty without a key."""
+        if not self._key:
+            return b""
+        mac = hmac.new(self._key, digestmod=self._digest)
+        for part in parts:
+            mac.update(part)
+        return mac.hexdigest().encode()
+
+    def header(self, msg_type: str) -> dict[str, Any]:
+        """A fresh header of this session."""
+        self._count += 1
+        return {
+            "msg_id": f"{self.session}_{os.getpid()}_{self._count}",
+            "msg_type": msg_type,
+            "username": "vmkernel",
+            "session": self.session,
+            "date": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            "version": PROTOCOL_VERSION,
+        }
+
+    def _message(
+        self,
+        msg_type: str,
+        content: Any,
+        parent: bytes,
+        metadata: Any,
+        buffers: Sequence[Any],
+    ) -> tuple[list[Any], str]:
+        header = self.header(msg_type)
+        parts = [_encode(header), parent, _encode(metadata), _encode(content)]
+        return [DELIMITER, self.sign(parts), *parts, *buffers], header["msg_id"]
+
+    def publish(
+        self,
+        msg_type: str,
+        content: Any,
+        parent: bytes = b"{}",
+        metadata: Any = None,
+        buffers: Sequence[Any] = (),
+        topic: bytes | None = None,
+    ) -> None:
+        """Publish on iopub.  Nothing is dropped: what a slow subscriber leaves is kept in order,
+        and :meth:`congested` asks the caller to stop producing.
+        """
+        message, _ = self._message(msg_type, content, parent, metadata or {}, buffers)
+        if topic is None:
+            topic = f"kernel.{self.session}.{msg_type}".encode()
+        message.insert(0, topic)
+        if self._backlog:
+            self._backlog.append(message)
+            return
+        try:
+            self._sockets["iopub"].send_multipart(message, zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            self._backlog.append(message)
+            self._loop.call_later(0.01, self._flush_backlog)
+        self._look_again("iopub")
+
+    @property
+    def congested(self) -> bool:
+        """Whether subscribers are behind."""
+        return bool(self._backlog)
+
+    def when_clear(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` once subscribers have caught up."""
+        self._on_clear = callback
+
+    def _flush_backlog(self) -> None:
+        sent = 0
+        try:
+            for message in self._backlog:
+                self._sockets["iopub"].send_multipart(message, zmq.NOBLOCK, copy=True)
+                sent += 1
+        except zmq.Again:
+            self._loop.call_later(0.01, self._flush_backlog)
+        except KeyError:  # closed
+            return
+        finally:
+            del self._backlog[:sent]
+        if not self._backlog and self._on_clear is not None:
+            callback, self._on_clear = self._on_clear, None
+            callback()
+
+    def reply(
+        self,
+        request: Request,
+        msg_type: str,
+        content: Any,
+        metadata: Any = None,
+        buffers: Sequence[Any] = (),
+        channel: str = "",
+    ) -> str:
+        """Answer a request on its channel (or another, for stdin); the message's id."""
+        message, msg_id = self._message(
+            msg_type, content, request.raw[0], metadata or {}, buffers
+        )
+        sock = self._sockets[channel or request.channel]
+        try:
+            sock.send_multipart([*request.idents, *message], zmq.NOBLOCK, copy=True)
+        except zmq.ZMQError:
+            pass  # the client is gone, and nobody else may have its answer
+        self._look_again(channel or request.channel)
+        return msg_id
+
+    def _look_again(self, name: str) -> None:
+        """Sending may swallow the descriptor's signal that something came in (zmq_getsockopt(3),
+        ZMQ_FD): look, or it would lie there until the next message.
+        """
+        sock = self._sockets.get(name)
+        if sock is not None and sock.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            self._loop.call_soon(self._readable, name)
+
+    def status(self, state: str, parent: bytes = b"{}") -> None:
+        """Publish ``busy``, ``idle`` or ``starting``."""
+        self.publish("status", {"execution_state": state}, parent)
+
+    def close(self) -> None:
+        """Send what is queued (for at most a second), then close."""
+        sockets, self._sockets = self._sockets, {}
+        for sock in sockets.values():
+            self._loop.remove_reader(sock.FD)
+            sock.close()
+        self._context.term()
+
+
+def _read_connection_file(path: Path) -> dict[str, Any]:
+    try:
+        info = json.loads(path.read_text())
+        if not isinstance(info, dict):
+            raise TypeError("not an object")
+        for name in ("shell", "control", "stdin", "iopub", "hb"):
+            int(info[f"{name}_port"])
+        str(info["ip"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise VmError(
+            f"the connection file {path} cannot be used: {error!r}",
+            hint="kernels are started by a front end: jupyter console --kernel vmsandbox",
+        ) from error
+    return info

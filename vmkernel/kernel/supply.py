@@ -1,0 +1,255 @@
+"""Where the wrapper's guest comes from: started ahead, kept, replaced when it died.
+
+A start that failed is told to whoever asked, and tried again for the next one who asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vmkernel.errors import VmError
+from vmkernel.host.manager import Label, Started, VmStart
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vmkernel.host.guest import Guest, KernelDeath
+    from vmkernel.protocol import messages
+    from vmkernel.settings import Settings
+
+log = logging.getLogger("vmkernel")
+
+Show = Callable[[str], None]
+CLOCK_SLACK = 0.5
+"""Seconds by which the clocks' difference may change before the guest's clock is set again."""
+
+
+class Owner(Protocol):
+    """Who hears of the guest: the wrapper."""
+
+    def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> None:
+        """The guest kernel sent a message."""
+
+    def on_kernel_death(self, death: KernelDeath) -> None:
+        """The guest kernel ended."""
+
+    def on_vm_end(self, error: VmError) -> None:
+        """The VM ended."""
+
+
+class GuestSupply:
+    """At most one guest at a time, for one wrapper."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        kernel_id: str,
+        begun: Started | None,
+        owner: Owner,
+        final: VmError | None = None,
+    ) -> None:
+        """``final``: no start can succeed, and this is why (wrong settings)."""
+        self.current: Guest | None = None
+        self.failed: VmError | None = None
+        """Why the last start failed; None when it did not."""
+        self._settings = settings
+        self._label = Label(kernel_id, kernel_id)
+        self._begun = begun
+        self._owner = owner
+        self._final = final
+        self._start: VmStart | None = None
+        self._starting: asyncio.Task[Guest] | None = None
+        self._show: Show | None = None
+        self._text = ""
+        self._info: dict[str, Any] | None = None
+        self._accelerator = ""
+        self._started_at = 0.0
+        self._clock = 0.0
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def start_early(self) -> None:
+        """Begin a start before anyone asks; its failure is told to the first who does."""
+        self._starting = asyncio.create_task(self._bring_up())
+        self._starting.add_done_callback(_seen)
+
+    async def guest(self, show: Show | None) -> Guest:
+        """The guest, brought up if need be.  Cancelling the wait cancels the start.
+
+        ``show`` hears what is being waited for.  Raises VmError.
+        """
+        if self.current is not None:
+            await self._keep_time(self.current)
+            return self.current
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._bring_up())
+            self._starting.add_done_callback(_seen)
+        starting = self._starting
+        if show is not None:
+            self._show = show
+            if self._text:
+                show(self._text)
+        try:
+            if show is None:  # a question that must not end the start when it gives up
+                return await asyncio.shield(starting)
+            return await starting
+        finally:
+            self._show = None
+            if starting.done() and self._starting is starting:
+                self._starting = None
+
+    def kernel_died(self) -> None:
+        """The guest kernel is gone: put a new one into the same VM."""
+        guest, self.current = self.current, None
+        if guest is not None and self._starting is None:
+            self._starting = asyncio.create_task(self._replace_kernel(guest))
+            self._starting.add_done_callback(_seen)
+
+    def pause(self, until: Callable[[Callable[[], None]], None]) -> None:
+        """Stop reading from the guest until front ends have caught up."""
+        guest = self.current
+        if guest is not None:
+            guest.vm.kernel.pause()
+            until(guest.vm.kernel.resume)
+
+    async def close(self) -> None:
+        """End the VM, or its start."""
+        if self._starting is not None:
+            self._starting.cancel()
+            with contextlib.suppress(asyncio.CancelledError, VmError):
+                await self._starting
+        self.current = None
+        if self._start is not None:
+            await self._start.close()
+        if self._closing:
+            await asyncio.wait(self._closing)
+
+    # --- facts ---
+
+    def guest_info(self) -> dict[str, Any] | None:
+        """The guest kernel's kernel_info, once a template is known."""
+        if self._info is None and self._begun is not None:
+            self._info = self._begun.template.manifest.kernel_info
+        return self._info
+
+    def python_version(self) -> str:
+        """The image's Python version, "" when there is no image."""
+        from vmkernel.image.store import find_image
+
+        with contextlib.suppress(VmError):
+            return find_image(self._settings.recipe, self._settings).manifest.python_version
+        return ""
+
+    def facts(self) -> str:
+        """One line about this kernel's VM."""
+        accelerator = self._accelerator
+        if not accelerator and self._begun is not None:
+            accelerator = self._begun.spawned.machine.accelerator
+        return (
+            f"recipe: {self._settings.recipe}, memory: {self._settings.memory} MiB, "
+            f"accelerator: {accelerator or 'not known yet'}"
+        )
+
+    async def usage(self) -> dict[str, Any]:
+        """The content of a ``usage_reply``: the guest's memory and load."""
+        if self.current is None:
+            return {"hostname": "no VM", "pid": os.getpid()}
+        from vmkernel.protocol import messages
+
+        stats = await self.current.vm.agent.call(messages.Stats())
+        used = int(stats["memory_total"]) - int(stats["memory_available"])
+        return {
+            "hostname": self.current.vm.machine.vm_id,
+            "pid": os.getpid(),
+            "kernel_cpu": 100.0 * float(stats["load"][0]),
+            "kernel_memory": used,
+            "host_virtual_memory": {
+                "total": stats["memory_total"],
+                "available": stats["memory_available"],
+                "used": used,
+            },
+        }
+
+    # --- work ---
+
+    async def _bring_up(self) -> Guest:
+        from vmkernel.host.guest import guest_environment
+
+        if self._final is not None:
+            self.failed = self._final
+            raise self._final
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            self._info = begun.template.manifest.kernel_info
+        start = self._start = VmStart(self._settings, self._label, begun)
+        self.failed = None
+        try:
+            guest = await start.guest(
+                on_output=self._owner.on_output,
+                on_kernel_death=self._owner.on_kernel_death,
+                on_end=lambda error: self._on_end(start, error),
+                env=guest_environment(dict(os.environ)),
+                progress=self._progress,
+            )
+        except VmError as error:
+            self.failed = error
+            self._start = None
+            raise
+        except asyncio.CancelledError:
+            self._start = None
+            raise
+        assert start.template is not None
+        self._info = start.template.manifest.kernel_info
+        self._accelerator = start.accelerator
+        if start.warning:
+            log.warning(start.warning)
+        self.current = guest
+        self._clock = time.time() - time.monotonic()
+        self._text = ""
+        return guest
+
+    async def _replace_kernel(self, guest: Guest) -> Guest:
+        from vmkernel.host.guest import guest_environment
+
+        await guest.restart_kernel(
+            guest_environment(dict(os.environ)), "", self._settings.boot_timeout
+        )
+        self.current = guest
+        return guest
+
+    async def _keep_time(self, guest: Guest) -> None:
+        """After the host slept or its clock was set, the guest's clock must follow."""
+        clock = time.time() - time.monotonic()
+        if abs(clock - self._clock) > CLOCK_SLACK:
+            from vmkernel.protocol import messages
+
+            self._clock = clock
+            await guest.vm.agent.call(messages.SetClock(time.time_ns()))
+
+    def _progress(self, text: str) -> None:
+        self._text = text
+        if self._show is not None:
+            self._show(text)
+
+    def _on_end(self, start: VmStart, error: VmError) -> None:
+        if self._start is not start:
+            return
+        self.current = None
+        self._start = None
+        if self._starting is not None and self._starting.done():
+            self._starting = None
+        task = asyncio.create_task(start.close(keep_logs=True))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+        self._owner.on_vm_end(error)
+
+
+def _seen(task: asyncio.Task[Guest]) -> None:
+    """Mark a failed start as seen: whoever asks next is told."""
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,358 @@
+"""Building a memory template: boot a VM once, wait until it is warm, freeze it.
+
+Where it stands: called by ``vm.template`` under the template's lock; also the proof that an
+accelerator works (:func:`prove_accelerator` boots the same machine to the agent's first word).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vmkernel.errors import TemplateError, VmBootError, VmError
+from vmkernel.protocol import messages
+from vmkernel.vm.machine import Vm, spawn
+from vmkernel.vm.template import (
+    FORMAT,
+    KEEP_UNUSED,
+    FileRecord,
+    Manifest,
+    Progress,
+    Spec,
+    Template,
+    disk_errors,
+    guest_files,
+    list_templates,
+    sha256_sparse,
+    write_progress,
+)
+
+if TYPE_CHECKING:
+    from vmkernel.settings import Settings
+
+# Where a boot under emulation spends its time (measured, datascience recipe): shares of the bar.
+_AT_HELLO = 0.35
+_AT_READY = 0.9
+
+
+async def build_template(
+    spec: Spec, settings: Settings, target: Path, progress: Progress
+) -> Template:
+    """Build ``target``; the caller holds its lock.  Raises TemplateError or VmBootError."""
+    directory = target.parent
+    _sweep(directory, target.name)
+
+    def tell(text: str, fraction: float) -> None:
+        write_progress(directory, target.name, text, fraction)
+        progress(text, fraction)
+
+    tell("booting the guest", 0.02)
+    work = directory / f".tmp-{target.name}-{os.getpid()}"
+    try:
+        with disk_errors(directory):
+            work.mkdir(mode=0o700)
+            _require_space(spec, directory)
+            _prepare_files(spec, work)
+        kernel_info = await _boot_and_freeze(spec, settings, work, tell)
+        with disk_errors(directory):
+            tell("writing the template", 0.93)
+            manifest = _finish(spec, target.name, work, kernel_info)
+            if target.exists():
+                shutil.rmtree(target)  # damaged; running clones keep their open files
+            work.rename(target)
+        _prune(settings, keep=target)
+        return Template(target, manifest)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        (directory / f".progress-{target.name}").unlink(missing_ok=True)
+
+
+async def prove_accelerator(spec: Spec, settings: Settings, timeout: float) -> None:
+    """Boot the guest until its agent speaks.  Raises VmBootError, with the evidence, if not."""
+    import tempfile
+
+    with disk_errors(settings.cache_dir):
+        settings.cache_dir.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".probe-", dir=settings.cache_dir))
+    try:
+        with disk_errors(settings.cache_dir):
+            _prepare_files(spec, work)
+        async with _Boot(spec, settings, work) as boot:
+            await boot.reach("hello", timeout)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+class _Boot:
+    """A cold boot of ``spec`` in ``work``, as a context manager that ends it."""
+
+    def __init__(self, spec: Spec, settings: Settings, work: Path) -> None:
+        loop = asyncio.get_running_loop()
+        self._stages: dict[str, asyncio.Future[Any]] = {
+            "hello": loop.create_future(),
+            "ready": loop.create_future(),
+        }
+        self._settings = settings
+        scratch_fd = os.open(work / "scratch.raw", os.O_RDWR | os.O_CLOEXEC)
+        machine = spec.machine(
+            vm_id=f"template-{os.getpid()}",
+            kernel=str(spec.image.kernel),
+            initrd=str(work / "initrd"),
+            scratch_fd=scratch_fd,
+            scratch_format="raw",
+            scratch_base=None,
+            ram_path=str(work / "ram"),
+            ram_share=True,
+            incoming=False,
+        )
+        self._console = settings.state_dir / "boot-console.log"
+        self._console.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            spawned = spawn(machine, settings.state_dir)
+        finally:
+            os.close(scratch_fd)
+        self.vm = Vm(
+            spawned,
+            on_event=self._on_event,
+            on_message=lambda body, buffers: None,
+            on_end=self._on_end,
+        )
+
+    async def __aenter__(self) -> _Boot:
+        await self.vm.attach(self._console, self._settings.console_log_size << 20)
+        return self
+
+    async def __aexit__(self, *failure: object) -> None:
+        for stage in self._stages.values():
+            stage.cancel()
+        await self.vm.close()
+
+    async def reach(self, stage: str, timeout: float) -> Any:
+        """Wait for a stage; its message.  Raises VmBootError."""
+        try:
+            async with asyncio.timeout(timeout):
+                return await asyncio.shield(self._stages[stage])
+        except TimeoutError as error:
+            self.vm.process.kill()
+            failure = await self.vm.failed(
+                f"The guest did not get to {stage!r} within {timeout:g} s"
+            )
+            failure.log_path = self._console
+            failure.hint = (
+                "Is the host overloaded? VMKERNEL_BOOT_TIMEOUT gives it more time; "
+                "`vmkernel doctor` checks the rest"
+            )
+            raise failure from error
+
+    def _on_event(self, event: messages.FromAgent) -> None:
+        if isinstance(event, messages.Hello):
+            self._settle("hello", event)
+        elif isinstance(event, messages.Ready):
+            self._settle("ready", event.kernel_info)
+        elif isinstance(event, messages.Failed | messages.KernelDied):
+            reason = event.reason if isinstance(event, messages.Failed) else event.output
+            self._on_end(
+                VmBootError(
+                    f"The guest did not get ready: {reason}",
+                    hint="Check the recipe's packages and preloads, then build the image again",
+                    log_path=self._console,
+                )
+            )
+
+    def _on_end(self, error: VmError) -> None:
+        for stage in self._stages.values():
+            if not stage.done():
+                boot = VmBootError(
+                    f"The guest did not boot. {error.message}",
+                    hint=_boot_hint(error),
+                    log_path=self._console,
+                )
+                stage.set_exception(boot)
+                stage.exception()  # seen: not every stage is waited for
+
+    def _settle(self, stage: str, value: object) -> None:
+        if not self._stages[stage].done():
+            self._stages[stage].set_result(value)
+
+
+def _boot_hint(error: VmError) -> str:
+    text = error.message.lower()
+    if "out of memory" in text or "memoryerror" in text or "no space" in text or "oom" in text:
+        return "The guest has too little memory to boot: set VMKERNEL_MEMORY higher, say 1G"
+    return error.hint or "Run `vmkernel doctor`"
+
+
+async def _boot_and_freeze(
+    spec: Spec, settings: Settings, work: Path, tell: Progress
+) -> dict[str, Any]:
+    from vmkernel.vm.monitor import save_state
+
+    async with _Boot(spec, settings, work) as boot:
+        started = time.monotonic()
+        async with _Ticker(tell, "booting the guest", 0.02, _AT_HELLO, 12.0):
+            await boot.reach("hello", settings.boot_timeout)
+        left = settings.boot_timeout - (time.monotonic() - started)
+        async with _Ticker(tell, "loading Python and its libraries", _AT_HELLO, _AT_READY, 20.0):
+            kernel_info: dict[str, Any] = await boot.reach("ready", max(left, 1.0))
+        tell("saving the guest's memory", _AT_READY)
+        await asyncio.sleep(0.3)  # let the guest fall idle: what it runs now, every clone repeats
+        monitor = await boot.vm.monitor()
+        fd = os.open(work / "state", os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            await save_state(monitor, fd)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        return kernel_info
+
+
+class _Ticker:
+    """Progress for something that says nothing on its way: nears its end, never reaches it."""
+
+    def __init__(self, tell: Progress, text: str, start: float, end: float, usual: float) -> None:
+        self._tell, self._text, self._start, self._end = tell, text, start, end
+        self._usual = usual
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def __aexit__(self, *failure: object) -> None:
+        assert self._task is not None
+        self._task.cancel()
+
+    async def _run(self) -> None:
+        began = time.monotonic()
+        while True:
+            share = (time.monotonic() - began) / self._usual
+            part = share / (share + 0.3)
+            self._tell(self._text, self._start + (self._end - self._start) * min(part, 0.97))
+            await asyncio.sleep(0.5)
+
+
+def _require_space(spec: Spec, directory: Path) -> None:
+    free = shutil.disk_usage(directory).free
+    # A template of the datascience recipe holds some 400 MB; memory that is never touched none.
+    need = min(spec.memory, 768) << 20
+    if free < need:
+        raise TemplateError(
+            f"the disk of {directory} has {free >> 20} MiB free; a VM template needs about "
+            f"{need >> 20} MiB",
+            hint=f"free space there, or set VMKERNEL_CACHE_DIR to another disk",
+        )
+
+
+def _prepare_files(spec: Spec, work: Path) -> None:
+    """RAM file, initrd and scratch disk of a boot, in ``work``.  Raises OSError, TemplateError."""
+    with open(work / "ram", "xb") as ram:
+        ram.truncate(spec.memory << 20)
+    with open(work / "scratch.raw", "xb") as scratch:
+        scratch.truncate(spec.scratch_size << 20)
+    # No journal: the disk lives as long as its VM.  Lazy tables stay unwritten, hence sparse.
+    _run(
+        "mkfs.ext4", "-q", "-F", "-O", "^has_journal,^resize_inode", "-m", "0",
+        "-E", "lazy_itable_init=1,root_owner=0:0", str(work / "scratch.raw"),
+        package="e2fsprogs",
+    )  # fmt: skip
+    _run(
+        "qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=65536,lazy_refcounts=on",
+        str(work / "scratch.qcow2"), f"{spec.scratch_size}M", package="qemu-utils",
+    )  # fmt: skip
+    _make_initrd(spec, work)
+
+
+def _make_initrd(spec: Spec, work: Path) -> None:
+    """The image's initial RAM disk, and behind it an archive with the guest's own code.
+
+    The kernel unpacks concatenated archives one over the other
+    (Documentation/driver-api/early-userspace/buffer-format.rst).
+    """
+    tree = work / "guest"
+    for name, source in guest_files().items():
+        path = tree / "vmkernel" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path)
+    config = {"preload": spec.image.recipe.preload}
+    (tree / "vmkernel" / "config.json").write_text(json.dumps(config))
+    for path in (tree / "vmkernel", *tree.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    names = "\0".join(sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))) + "\0"
+    archive = subprocess.run(
+        ["cpio", "--create", "--null", "--format=newc", "--owner=0:0", "--quiet"],
+        cwd=tree, input=names.encode(), capture_output=True, check=False,
+    ).stdout  # fmt: skip
+    if not archive:
+        raise TemplateError(
+            "the guest's code could not be packed: cpio failed", hint="sudo apt install cpio"
+        )
+    base = spec.image.initrd.read_bytes()
+    (work / "initrd").write_bytes(base + b"\0" * (-len(base) % 4) + archive)
+    shutil.rmtree(tree)
+
+
+def _run(*command: str, package: str) -> None:
+    environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
+    try:
+        result = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment
+        )
+    except FileNotFoundError as error:
+        raise TemplateError(
+            f"{command[0]} is not installed", hint=f"sudo apt install {package}"
+        ) from error
+    if result.returncode:
+        raise TemplateError(
+            f"{command[0]} failed: {result.stderr.strip()}",
+            hint="Is the disk full? `vmkernel doctor` tells",
+        )
+
+
+def _finish(spec: Spec, key: str, work: Path, kernel_info: dict[str, Any]) -> Manifest:
+    """Checksums and manifest; everything is on the disk when this returns."""
+    (work / "initrd").unlink()
+    files: dict[str, FileRecord] = {}
+    for name in ("ram", "state", "scratch.raw", "scratch.qcow2"):
+        path = work / name
+        path.chmod(0o400 if name != "ram" else 0o600)  # QEMU 7.2 opens RAM read-write
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+        found = path.stat()
+        files[name] = FileRecord(
+            found.st_size, found.st_ino, found.st_mtime_ns, sha256_sparse(path)
+        )
+    manifest = Manifest(
+        FORMAT, key, spec.image.name, time.time(), spec.inputs(), files, kernel_info
+    )
+    (work / "used").touch()
+    with open(work / "manifest.json", "xb") as file:
+        file.write(msgspec.json.format(msgspec.json.encode(manifest)))
+        file.flush()
+        os.fsync(file.fileno())
+    return manifest
+
+
+def _sweep(directory: Path, key: str) -> None:
+    """Remove what dead builders of this key left; we hold its lock, so none is alive."""
+    for left in directory.glob(f".tmp-{key}-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _prune(settings: Settings, keep: Path) -> None:
+    """Remove templates that nobody used for long: new ones replace them as versions change."""
+    for directory, _ in list_templates(settings):
+        try:
+            idle = time.time() - (directory / "used").stat().st_mtime
+        except OSError:
+            idle = 0.0
+        if directory != keep and idle > KEEP_UNUSED:
+            shutil.rmtree(directory, ignore_errors=True)

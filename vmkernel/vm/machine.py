@@ -1,0 +1,210 @@
+"""One microVM in the hands of its owner: started, talked to, ended.
+
+Where it stands: ``vm.command`` says how, ``vm.qemu`` starts the process, ``vm.ports`` carry
+the talk; ``vm.template`` boots one to freeze it, ``host.manager`` clones and wakes the
+rest.  Starting is in two steps, so that QEMU can come up while the wrapper still imports:
+:func:`spawn` needs no event loop, :meth:`Vm.attach` joins one.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from vmkernel.errors import ProtocolError, VmBootError, VmError, VmGuestError
+from vmkernel.protocol import messages
+from vmkernel.vm.command import Machine, qemu_argv
+from vmkernel.vm.console import ConsoleLog
+from vmkernel.vm.qemu import QemuProcess
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from vmkernel.vm.monitor import Monitor
+    from vmkernel.vm.ports import AgentPort, Port
+
+
+class Spawned(msgspec.Struct):
+    """A QEMU that was started, and our ends of its sockets."""
+
+    machine: Machine
+    process: QemuProcess
+    monitor: socket.socket
+    kernel: socket.socket
+    agent: socket.socket
+    console: socket.socket
+
+    def abandon(self) -> None:
+        """Give up a QEMU that was never attached."""
+        self.process.kill()
+        for sock in (self.monitor, self.kernel, self.agent, self.console):
+            sock.close()
+
+
+def spawn(machine: Machine, vm_dir: Path, *, keep_fds: tuple[int, ...] = ()) -> Spawned:
+    """Start QEMU for ``machine``, whose socket descriptors are filled in here.
+
+    ``vm_dir`` exists and gets ``qemu.log``.  ``keep_fds`` are inherited too (the slot's
+    lock).  From the main thread only (see vm.qemu).  Raises VmBootError.
+    """
+    names = ("monitor", "kernel", "agent", "console")
+    pairs = [socket.socketpair() for _ in names]
+    theirs = {f"{name}_fd" if name in ("monitor", "console") else f"{name}_port_fd": pair[1].fileno()
+              for name, pair in zip(names, pairs, strict=True)}  # fmt: skip
+    machine = msgspec.structs.replace(machine, **theirs)
+    try:
+        process = QemuProcess.spawn(
+            qemu_argv(machine),
+            pass_fds=(*machine.fds(), *keep_fds),
+            log_path=vm_dir / "qemu.log",
+        )
+    except BaseException:
+        for ours, _ in pairs:
+            ours.close()
+        raise
+    finally:
+        for _, their in pairs:
+            their.close()
+    return Spawned(machine, process, *(ours for ours, _ in pairs))
+
+
+class Vm:
+    """A VM that runs, from the side of the process that owns it.
+
+    ``on_event`` gets the agent's events (Hello, Ready, KernelDied, Failed); ``on_message``
+    and the port ``kernel`` are the way to the guest kernel; ``on_end`` is called once, with
+    the error to show, when the VM ended without :meth:`close`.
+    """
+
+    def __init__(
+        self,
+        spawned: Spawned,
+        *,
+        on_event: Callable[[messages.FromAgent], None],
+        on_message: Callable[[memoryview, list[memoryview]], None],
+        on_end: Callable[[VmError], None],
+    ) -> None:
+        self.process = spawned.process
+        self.machine = spawned.machine
+        self.console: ConsoleLog | None = None
+        self.agent: AgentPort
+        self.kernel: Port
+        self._spawned = spawned
+        self._on_event = on_event
+        self._on_message = on_message
+        self._on_end = on_end
+        self._monitor: Monitor | None = None
+        self._closed = False
+        self._ended = False
+        self._broken: VmError | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Vm {self.machine.vm_id} {self.process!r}>"
+
+    @property
+    def running(self) -> bool:
+        """Whether the VM is there and has kept to the protocol."""
+        return not (self._closed or self._ended)
+
+    async def attach(self, console_path: Path, console_cap: int) -> None:
+        """Join the running event loop: watch the process, open the ports, log the console."""
+        import asyncio
+
+        from vmkernel.vm.ports import AgentPort, Port
+
+        loop = asyncio.get_running_loop()
+        self.process.watch()
+        self._watch = loop.create_task(self._watch_process())
+        self.console = ConsoleLog(console_path, console_cap)
+        self.console.drain(self._spawned.console.detach(), loop)
+        self.agent = AgentPort(self._on_event)
+        await self.agent.open(self._spawned.agent, self._on_lost)
+        self.kernel = await Port.open(
+            "kernel", self._spawned.kernel, self._on_message, self._on_lost
+        )
+
+    async def monitor(self) -> Monitor:
+        """QEMU's monitor, opened at first use.  Raises VmBootError with QEMU's last words."""
+        from vmkernel.vm.monitor import Monitor
+
+        if self._monitor is None:
+            try:
+                self._monitor = await Monitor.open(self._spawned.monitor)
+            except VmBootError as error:
+                raise await self.failed(f"QEMU did not come up ({error})") from error
+        return self._monitor
+
+    async def wake(self, hostname: str, timeout: float) -> None:
+        """Give a fresh clone its own time, entropy and name.  Raises VmGuestError."""
+        await self.agent.call(
+            messages.Wake(
+                time_ns=time.time_ns(), entropy=os.urandom(64), hostname=hostname
+            ),
+            timeout,
+        )
+
+    async def failed(self, what: str, kind: type[VmError] = VmBootError) -> VmError:
+        """An error for ``what``, with QEMU's and the guest's last words.
+
+        Gives a QEMU that is about to end a moment, so that its own reason is told.
+        """
+        import asyncio
+
+        try:
+            async with asyncio.timeout(0.5):
+                await self.process.wait()
+        except TimeoutError:
+            pass
+        error = self.process.failure(what, kind)
+        console = self.console.text(2000).strip() if self.console else ""
+        if console:
+            error.message += f"\nThe guest's console ends with:\n{console}"
+        return error
+
+    async def close(self) -> None:
+        """End the VM and release what it held.  May be called twice, and when it has ended."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._watch is not None:
+            self._watch.cancel()
+        self.process.kill()
+        if self._monitor is not None:
+            await self._monitor.close()
+        else:
+            self._spawned.monitor.close()
+        if self.console is not None:
+            self.agent.close()
+            self.kernel.close()
+        await self.process.close()
+        if self.console is not None:
+            self.console.close()
+
+    async def _watch_process(self) -> None:
+        await self.process.wait()
+        if self._closed or self._ended:
+            return
+        self._ended = True
+        self._on_end(
+            await self.failed("The VM ended", VmGuestError)
+            if self._broken is None
+            else self._broken
+        )
+
+    def _on_lost(self, error: ProtocolError | None) -> None:
+        """A port was lost: with the process (which is reported by itself), or by a lie."""
+        if error is not None and not self._closed:
+            self._broken = VmGuestError(
+                f"The guest broke the protocol and was stopped: {error}",
+                hint="run the cell again in a new VM",
+                log_path=self.process.log.path,
+                code_ran="unknown",
+            )
+            self.process.kill()

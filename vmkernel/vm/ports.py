@@ -1,0 +1,201 @@
+"""The host's end of a VM's two ports, on asyncio.
+
+A port is one end of a socket pair whose other end QEMU inherited: it has no name in the
+file system, so nobody else can connect to it, and it is gone with either process.  What
+comes in is hostile: :mod:`vmkernel.protocol` cuts and checks it, and a peer that breaks
+the protocol is cut off for good.  Back-pressure goes both ways: :meth:`Port.pause` stops
+reading (the guest's writes then block), :meth:`Port.drain` waits for a slow guest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vmkernel.errors import ProtocolError, VmGuestError
+from vmkernel.protocol import frames, messages
+
+OnMessage = Callable[[memoryview, list[memoryview]], None]
+OnLost = Callable[[ProtocolError | None], None]
+
+
+class Port(asyncio.Protocol):
+    """Framed messages over a connected socket; made by :meth:`open`."""
+
+    def __init__(self, name: str, on_message: OnMessage, on_lost: OnLost) -> None:
+        self.name = name
+        self.received = 0
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._reader = frames.FrameReader()
+        self._transport: asyncio.Transport | None = None
+        self._writable = asyncio.Event()
+        self._writable.set()
+        self._broken = False
+
+    def __repr__(self) -> str:
+        state = "broken" if self._broken else "open" if self._transport else "closed"
+        return f"<Port {self.name} {state} received={self.received}>"
+
+    @classmethod
+    async def open(
+        cls, name: str, sock: socket.socket, on_message: OnMessage, on_lost: OnLost
+    ) -> Port:
+        """A port on ``sock``, which becomes the port's to close.
+
+        ``on_message(body, buffers)`` is called for each message; ``on_lost(error)`` once, when
+        the peer hung up (None) or broke the protocol.
+        """
+        loop = asyncio.get_running_loop()
+        port = cls(name, on_message, on_lost)
+        await loop.create_connection(lambda: port, sock=sock)
+        return port
+
+    def send(self, body: bytes, buffers: Sequence[frames.Piece] = ()) -> None:
+        """Write a message; what the guest does not take yet is kept.  See :meth:`drain`.
+
+        Raises VmGuestError when the port is closed, ProtocolError when it is too large.
+        """
+        if self._transport is None or self._broken:
+            raise VmGuestError(
+                f"the VM's port {self.name!r} is closed",
+                hint="the VM has ended; run the cell again to get a new one",
+            )
+        self._transport.writelines(frames.encode(body, buffers))
+
+    def resync(self, marker: bytes) -> None:
+        """Begin anew with a process that replaces the guest's dead one (same stream)."""
+        if self._transport is not None:
+            self._broken = False
+            self._reader.resync(marker)
+            self._transport.write(marker)
+
+    async def drain(self) -> None:
+        """Wait until the guest has taken most of what was sent."""
+        await self._writable.wait()
+
+    def pause(self) -> None:
+        """Stop reading; the guest's writes block."""
+        if self._transport is not None and self._transport.is_reading():
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self._transport is not None and not self._transport.is_reading():
+            self._transport.resume_reading()
+
+    def close(self) -> None:
+        """Hang up; ``on_lost`` is not called any more."""
+        self._on_lost = lambda error: None
+        self._on_message = lambda body, buffers: None
+        if self._transport is not None:
+            self._transport.abort()
+
+    # --- asyncio.Protocol ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The transport is there."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes from the guest."""
+        if self._broken:
+            return
+        self.received += len(data)
+        try:
+            for message in self._reader.feed(data):
+                body, buffers = frames.split(message)
+                self._on_message(body, buffers)
+        except ProtocolError as error:
+            self._broken = True
+            self._on_lost(error)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The socket is closed, by us or by QEMU's end."""
+        self._transport = None
+        self._writable.set()
+        if not self._broken:
+            self._broken = True
+            self._on_lost(None)
+
+    def pause_writing(self) -> None:
+        """The guest reads slower than we write."""
+        self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """The guest has caught up."""
+        self._writable.set()
+
+
+class AgentPort:
+    """Calls to the guest agent, and its events."""
+
+    def __init__(self, on_event: Callable[[messages.FromAgent], None]) -> None:
+        self._on_event = on_event
+        self._calls: dict[int, asyncio.Future[messages.Reply]] = {}
+        self._next = 0
+        self._port: Port | None = None
+
+    async def open(self, sock: socket.socket, on_lost: OnLost) -> None:
+        """Use ``sock``, which becomes ours to close."""
+
+        def lost(error: ProtocolError | None) -> None:
+            for call in self._calls.values():
+                if not call.done():
+                    call.set_exception(_gone())
+                    call.exception()  # mark as seen: its waiter may be gone
+            on_lost(error)
+
+        self._port = await Port.open("agent", sock, self._receive, lost)
+
+    async def call(self, command: messages.Command, timeout: float = 10.0) -> dict[str, Any]:
+        """Let the agent do something; its result.
+
+        Raises VmGuestError when it fails, does not answer within ``timeout`` seconds, or is gone.
+        """
+        if self._port is None:
+            raise _gone()
+        self._next += 1
+        number = self._next
+        future = self._calls[number] = asyncio.get_running_loop().create_future()
+        try:
+            self._port.send(messages.encode_json(messages.Call(number, command)))
+            async with asyncio.timeout(timeout):
+                reply = await future
+        except TimeoutError as error:
+            raise VmGuestError(
+                f"the guest agent did not answer to {type(command).__name__} in {timeout:g} s",
+                hint="restart the kernel; `vmkernel doctor` checks the host",
+                code_ran="unknown",
+            ) from error
+        finally:
+            del self._calls[number]
+        if reply.error:
+            raise VmGuestError(
+                f"the guest agent could not do {type(command).__name__}: {reply.error}",
+                hint="restart the kernel",
+            )
+        return reply.result
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._port is not None:
+            self._port.close()
+            self._port = None
+
+    def _receive(self, body: memoryview, buffers: list[memoryview]) -> None:
+        message = messages.decode_from_agent(body)
+        if isinstance(message, messages.Reply):
+            call = self._calls.get(message.id)
+            if call is None or call.done():
+                return  # late, or forged: nobody waits for it
+            call.set_result(message)
+        else:
+            self._on_event(message)
+
+
+def _gone() -> VmGuestError:
+    return VmGuestError("the VM has ended", hint="run the cell again to get a new VM")
