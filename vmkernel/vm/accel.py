@@ -16,7 +16,6 @@ A warm start reads two small JSON files and the first lines of ``/proc/cpuinfo``
 from __future__ import annotations
 
 import os
-import stat
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -78,7 +77,7 @@ async def choose_accelerator(settings: AccelSettings, boot_probe: BootProbe) -> 
         async with _Lock(settings.state_dir):
             choice = remembered_choice(settings)
             if choice is None:
-                works, evidence, final = await prove_kvm(boot_probe)
+                works, evidence, final = await prove_kvm(boot_probe, PROBE_SECONDS)
                 expires = 0.0 if works or final else time.time() + _SILENCE_KEPT
                 verdict = {"works": works, "evidence": evidence, "expires": expires}
                 _keep_verdict(settings, verdict)
@@ -90,7 +89,7 @@ def remembered_choice(settings: AccelSettings) -> Choice | None:
     """The choice, when it can be made without booting anything; None when a probe is needed."""
     if settings.accelerator == "tcg":
         return Choice("tcg", "TCG was asked for (VMKERNEL_ACCELERATOR)")
-    problem = kvm_problem()
+    problem = kvm_problem(_KVM)
     if problem:
         if settings.accelerator == "kvm":
             raise _kvm_demanded(problem, settings)
@@ -105,16 +104,16 @@ def remembered_choice(settings: AccelSettings) -> Choice | None:
     return _choice_from(settings, verdict)
 
 
-async def prove_kvm(boot: BootProbe, timeout: float = PROBE_SECONDS) -> tuple[bool, str, bool]:
+async def prove_kvm(boot: BootProbe, seconds: float) -> tuple[bool, str, bool]:
     """Boot a guest under KVM: whether it came up, the evidence, and whether that is final."""
     import asyncio
 
     began = time.monotonic()
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(seconds):
             await boot()
     except TimeoutError:
-        return False, f"under KVM no guest came up within {timeout:g} s", False
+        return False, f"under KVM no guest came up within {seconds:g} s", False
     except (ImageError, VmCapacityError):
         raise
     except VmError as error:
@@ -193,18 +192,23 @@ def _verdict_key(settings: AccelSettings) -> str:
     except OSError:  # containers often have none
         machine_id = ""
     uname = os.uname()
-    device = _KVM.stat()
     qemu = find_qemu(settings.qemu, os.environ.get("PATH", os.defpath))
     parts = [
         machine_id,
         f"{uname.release} {uname.version}",
         qemu_version(qemu, settings.state_dir),
         cpu_model(),
-        f"{_KVM} {os.major(device.st_rdev)}:{os.minor(device.st_rdev)}"
-        if stat.S_ISCHR(device.st_mode)
-        else str(_KVM),
+        f"{_KVM} {_device_number(_KVM)}",
     ]
     return " | ".join(parts)
+
+
+def _device_number(device: Path) -> str:
+    try:
+        number = device.stat().st_rdev
+    except FileNotFoundError:
+        return "absent"
+    return f"{os.major(number)}:{os.minor(number)}"
 
 
 def _keep_verdict(settings: AccelSettings, verdict: dict[str, Any]) -> None:
