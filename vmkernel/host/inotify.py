@@ -1,0 +1,68 @@
+"""Being told when someone closes the semaphore file: inotify on an asyncio loop.
+
+Imported only by those who have to wait: ``ctypes`` costs several milliseconds of start-up, and
+Python has no inotify of its own. Source: inotify(7); the numbers are <linux/inotify.h>'s.
+A user may have 128 instances by default (fs.inotify.max_user_instances), so one is shared by all
+waiters of a loop, and whoever gets none polls instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+
+# What may mean a free slot, or another file under the path (unlinked, renamed away).
+_MASK = 0x00000008 | 0x00000004 | 0x00000400 | 0x00000800
+#       IN_CLOSE_WRITE IN_ATTRIB  IN_DELETE_SELF IN_MOVE_SELF
+
+
+class FileWatch:
+    """One inotify instance on the running loop, shared by its waiters; ``close`` it at the end."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._sleepers: set[asyncio.Future[bool]] = set()
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._descriptor: int = self._libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if self._descriptor >= 0:
+            self._loop.add_reader(self._descriptor, self._wake)
+        self.users = 0
+
+    def follow(self, descriptor: int) -> bool:
+        """Watch this open file's inode, whatever its path is now; False when that cannot be."""
+        # By /proc: a path may lead to another file by now. Adding an inode twice is harmless.
+        path = f"/proc/self/fd/{descriptor}".encode()
+        return self._descriptor >= 0 and (
+            self._libc.inotify_add_watch(self._descriptor, path, _MASK) >= 0
+        )
+
+    async def sleep(self, seconds: float) -> bool:
+        """Until something happens (True) or the time is over (False)."""
+        sleeper: asyncio.Future[bool] = self._loop.create_future()
+        timer = self._loop.call_later(seconds, _set, sleeper, False)
+        self._sleepers.add(sleeper)
+        try:
+            return await sleeper
+        finally:
+            timer.cancel()
+            self._sleepers.discard(sleeper)
+
+    def close(self) -> None:
+        """Give the instance back; again is harmless."""
+        if self._descriptor >= 0:
+            self._loop.remove_reader(self._descriptor)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._descriptor, 65536)  # which event it was does not matter
+        for sleeper in self._sleepers:
+            _set(sleeper, True)
+
+
+def _set(sleeper: asyncio.Future[bool], value: bool) -> None:
+    if not sleeper.done():
+        sleeper.set_result(value)

@@ -1,0 +1,116 @@
+"""Who is who in the process table: a process is its pid *and* its start time.
+
+A pid alone may have passed to another process since it was written down; the pair cannot (the
+start time is in clock ticks since the host's boot). Signals go through a pidfd, which is bound to
+the process itself, so nothing can change hands between the check and the kill.
+Reads /proc/PID/stat by itself: importing psutil would cost every kernel start tens of
+milliseconds. Source: proc(5), pidfd_open(2).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+
+class ProcessIdentity(NamedTuple):
+    """One process for good: ``start_time`` in clock ticks since boot."""
+
+    pid: int
+    start_time: int
+
+
+def identify(pid: int) -> ProcessIdentity | None:
+    """The process that has this pid now; None when there is none, or it is only a zombie.
+
+    A zombie counts as dead: its descriptors, and with them its slot, are gone.
+    """
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    # "pid (name) state ppid …": the name may hold spaces and parentheses, so from the last one.
+    fields = status[status.rfind(b")") + 2 :].split()
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return ProcessIdentity(pid, int(fields[19]))  # field 22 of proc(5)
+
+
+def identify_self() -> ProcessIdentity:
+    """This process."""
+    identity = identify(os.getpid())
+    assert identity is not None, "/proc shows the reading process alive"
+    return identity
+
+
+def is_alive(identity: ProcessIdentity | None) -> bool:
+    """Whether this very process still lives; False for None (it was never started)."""
+    return identity is not None and identify(identity.pid) == identity
+
+
+def arguments(pid: int) -> list[str]:
+    """Its command line; empty when it is gone, is a zombie or a kernel thread."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return []
+    return [os.fsdecode(word) for word in line.split(b"\0")[:-1]]
+
+
+def describe(pid: int) -> str:
+    """A few words for a message: program and user; "" when nothing is known."""
+    try:
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+        uid = Path(f"/proc/{pid}").stat().st_uid
+    except OSError:
+        return ""
+    if uid == os.geteuid():
+        return name
+    import pwd
+
+    try:
+        user = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        user = str(uid)
+    return f"{name}, user {user}"
+
+
+def own_processes() -> Iterator[int]:
+    """The pids of all processes of this user."""
+    uid = os.geteuid()
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                if entry.stat().st_uid == uid:
+                    yield int(entry.name)
+
+
+def kill(identity: ProcessIdentity, *, wait: float = 1.0) -> bool:
+    """SIGKILL this very process and wait for its end, at most ``wait`` seconds.
+
+    True when it is dead afterwards, or was already. Never touches another process of that pid.
+    False when it may not be killed (another user's) or does not die (in uninterruptible sleep).
+    """
+    try:
+        pidfd = os.pidfd_open(identity.pid)
+    except OSError:
+        return not is_alive(identity)
+    try:
+        if not is_alive(identity):  # from here on the pidfd is the process that was checked
+            return True
+        try:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)  # readable once it ended
+        return bool(poll.poll(wait * 1000))
+    finally:
+        os.close(pidfd)
