@@ -58,7 +58,7 @@ class Started(msgspec.Struct):
 def spec_for(settings: Settings, accelerator: Accelerator) -> Spec:
     """What the template of these settings is made from.  Raises ImageError, VmBootError."""
     from vmkernel.image.store import find_image
-    from vmkernel.vm.tsc import tsc_khz
+    from vmkernel.vm.tsc import host_tsc_khz
 
     qemu = find_qemu(settings.qemu, os.environ.get("PATH", os.defpath))
     return Spec(
@@ -69,7 +69,7 @@ def spec_for(settings: Settings, accelerator: Accelerator) -> Spec:
         memory=settings.memory,
         vcpus=settings.vcpus,
         scratch_size=settings.scratch_size,
-        tsc_khz=tsc_khz(settings.state_dir) if accelerator == "tcg" else 0,
+        tsc_khz=host_tsc_khz(settings.state_dir) if accelerator == "tcg" else 0,
     )
 
 
