@@ -19,8 +19,10 @@ import os
 import signal
 import site
 import sys
+import threading
 import time
 import traceback
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +45,10 @@ from vmkernel.protocol import frames, messages
 ipykernel.debugger._is_debugpy_available = False
 
 _encode = msgspec.json.Encoder(enc_hook=json_default, decimal_format="number").encode
+
+
+WARM_UP = ("1+1", "print(end='')", "1/0", "await __import__('asyncio').sleep(0)", "!true", "%time 1")
+"""Cells that a template has run: what they import, no clone has to."""
 
 
 class PortSession(Session):
@@ -111,6 +117,22 @@ class PortKernel(IPythonKernel):
     interrupts: Interrupts
     port: Port
     wake_input: Any = None
+    _supports_kernel_subshells = False  # type: ignore[assignment]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # do_execute asks it which thread gets signals, also where there are no subshells
+        self.shell_channel_thread = types.SimpleNamespace(parent_thread=threading.main_thread())
+
+    def _abort_queues(self, subshell_id: str | None = None) -> None:
+        """Nothing is queued here: the host aborts what it holds."""
+
+    def do_history(self, hist_access_type: str, output: bool, raw: bool, **query: Any) -> Any:
+        """As the base class, and the current session has its number, not 0."""
+        reply = super().do_history(hist_access_type, output, raw, **query)
+        current = self.shell.history_manager.session_number
+        reply["history"] = [(session or current, *rest) for session, *rest in reply["history"]]
+        return reply
 
     @contextmanager
     def _cancel_on_sigint(self, future: asyncio.Future[Any]) -> Iterator[None]:
@@ -216,15 +238,28 @@ class Engine:
         asyncio.get_running_loop().create_task(self._warm_up_cells(on_ready))
 
     async def _warm_up_cells(self, on_ready: Any) -> None:
-        await self._run_silently("1+1")
+        for code in WARM_UP:
+            await self._run_untraced(code)
+        self.kernel.do_complete("import os; os.pa", 16)
+        self.kernel.do_inspect("print", 5)
+        self.kernel.do_is_complete("for i in x:")
         on_ready({"status": "ok", **self.kernel.kernel_info})
 
-    async def _run_silently(self, code: str) -> None:
-        """Run a cell as a request does, without a trace: its code paths are warm then."""
+    async def _run_untraced(self, code: str) -> None:
+        """Run a cell as a request does, and leave no trace of it: its code paths are warm then."""
         kernel = self.kernel
+        hook = kernel.shell.displayhook
+        size, hook.cache_size = hook.cache_size, 0  # no _, no Out
         kernel.set_parent([], {"header": {}}, "shell")
-        await kernel.do_execute(code, True, store_history=False)
-        _, self.port._queued, self.port._queued_bytes = self.port._queued, [], 0
+        try:
+            await kernel.do_execute(code, False, store_history=False)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            hook.cache_size = size
+            self.port.discard()
+            for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+                vars(sys).pop(name, None)
 
     # --- requests ---
 
@@ -310,7 +345,8 @@ class Engine:
         name = os.environ.get("JPY_SESSION_NAME")
         if name:
             self.kernel.shell.user_ns["__session__"] = name
-        await self._run_silently("1+1")
+        # Under emulation the first run of any code is slow: let it happen before the first cell
+        await self._run_untraced("1+1")
         self._awake = True
         self.kernel.session.send(
             request.channel, "wake_reply", {"status": "ok"}, {"header": {"msg_id": request.msg_id}}

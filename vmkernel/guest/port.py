@@ -108,6 +108,11 @@ class Port:
         finally:
             self._interrupts.release()
 
+    def discard(self) -> None:
+        """Forget what is queued."""
+        with self._lock:
+            self._queued, self._queued_bytes = [], 0
+
     def send(self, body: bytes, buffers: tuple[frames.Piece, ...] = ()) -> None:
         """Queue and flush."""
         self.queue(body, buffers)

@@ -54,6 +54,9 @@ def reseed_process(entropy: bytes) -> None:
     if uuid is not None:
         uuid._last_timestamp = None
         uuid._node = None  # uuid1's node is random where there is no network card
+    platform = sys.modules.get("platform")
+    if platform is not None:
+        platform._uname_cache = None  # holds the template's host name
     secrets = sys.modules.get("secrets")
     if secrets is not None:
         secrets._sysrand = random.SystemRandom()
