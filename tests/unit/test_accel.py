@@ -15,7 +15,7 @@ import pytest
 from vmkernel.errors import ImageError, VmBootError
 from vmkernel.vm import accel, facts, tsc
 
-MSR = "qemu-system-x86_64: error: failed to set MSR 0x10a to 0x0"
+MSR = "error: failed to set MSR 0x10a to 0x0\nkvm_buf_set_msrs: Assertion failed"
 
 
 class Settings(SimpleNamespace):

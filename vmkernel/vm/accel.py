@@ -7,8 +7,8 @@ shows the evidence.
 ends QEMU at once ("failed to set MSR 0x10a"), other CPU models spin at 100 % without a word
 (DESIGN 5). So ``auto`` believes in KVM only after a real guest has come up under it. The verdict is
 kept in ``<state_dir>/accelerator.json`` for as long as nothing it depends on changes: machine,
-kernel, QEMU, CPU model, the device itself. A refusal is final; silence may have been a busy host,
-so that verdict is asked for again after a day.
+kernel, QEMU, CPU model, the device itself. A refusal is final; silence may have been a busy host, so
+that verdict is asked for again after a day.
 
 A warm start reads two small JSON files and the first lines of ``/proc/cpuinfo``.
 """
@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from vmkernel.errors import ImageError, VmBootError, VmCapacityError, VmError
+from vmkernel.errors import VmBootError, VmGuestError
 from vmkernel.vm.command import Accelerator
 from vmkernel.vm.facts import read_facts, remember
 from vmkernel.vm.qemu import find_qemu
@@ -68,9 +68,9 @@ class Choice(msgspec.Struct, frozen=True):
 async def choose_accelerator(settings: AccelSettings, boot_probe: BootProbe) -> Choice:
     """The accelerator to use; at most one process of this user probes, the others wait for it.
 
-    ``boot_probe`` is awaited only when KVM might work and no verdict is known; what it raises about
-    the image or a missing slot is not about KVM and passes through. Raises VmBootError when KVM
-    was demanded and does not work, or QEMU is missing.
+    ``boot_probe`` is awaited only when KVM might work and no verdict is known; what it raises other
+    than VmBootError and VmGuestError (about the image, a full disk) is not about KVM and passes
+    through. Raises VmBootError when KVM was demanded and does not work, or QEMU is missing.
     """
     choice = remembered_choice(settings)
     if choice is None:
@@ -114,10 +114,9 @@ async def prove_kvm(boot: BootProbe, seconds: float) -> tuple[bool, str, bool]:
             await boot()
     except TimeoutError:
         return False, f"under KVM no guest came up within {seconds:g} s", False
-    except (ImageError, VmCapacityError):
-        raise
-    except VmError as error:
-        return False, f"under KVM no guest came up: {error}", True
+    except (VmBootError, VmGuestError) as error:
+        # Only a QEMU that names KVM in its last words has surely refused it.
+        return False, f"under KVM no guest came up: {error}", "kvm" in str(error).lower()
     return True, f"a guest came up under KVM in {time.monotonic() - began:.1f} s", True
 
 

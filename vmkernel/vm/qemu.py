@@ -19,7 +19,8 @@ Each step guards against something:
   ever come.
 * ``ulimit -c 0``: a core dump would put the guest's memory on the host's disk.
 * only listed descriptors: a slot's lock in a sibling would hold that slot for ever.
-* an environment of one variable: nothing of the user's goes to where a hostile guest might read.
+* an empty environment and ``/`` as directory: nothing of the user's goes to where a hostile guest
+  might read, and no notebook's disk is kept from being unmounted.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 _SETPRIV = "/usr/bin/setpriv"  # util-linux, an essential package of Debian and Ubuntu
 _DIE_WITH_US = (_SETPRIV, "--pdeathsig", "KILL", "--")
-_START = 'ulimit -c 0; [ "$PPID" = "$0" ] && exec "$@"'
+_START = 'ulimit -c 0; cd / && [ "$PPID" = "$0" ] && exec "$@"'
 _LOG_CAP = 256 * 1024
 _SIGKILL = 9
 _ALL_SIGNALS = [number for number in range(1, 32) if number not in (9, 19)]
