@@ -7,7 +7,7 @@ shows the evidence.
 ends QEMU at once ("failed to set MSR 0x10a"), other CPU models spin at 100 % without a word
 (DESIGN 5). So ``auto`` believes in KVM only after a real guest has come up under it. The verdict is
 kept in ``<state_dir>/accelerator.json`` for as long as nothing it depends on changes: machine,
-kernel, QEMU, CPU model, the device itself. A refusal is final; silence may have been a busy host, so
+kernel, QEMU, CPU model, the device. A refusal is final; silence may have been a busy host, so
 that verdict is asked for again after a day.
 
 A warm start reads two small JSON files and the first lines of ``/proc/cpuinfo``.
