@@ -233,6 +233,8 @@ class Sockets:
         if topic is None:
             topic = f"kernel.{self.session}.{msg_type}".encode()
         message.insert(0, topic)
+        if not self._sockets:  # closed
+            return
         if self._backlog:
             self._backlog.append(message)
             return
@@ -281,7 +283,9 @@ class Sockets:
         message, msg_id = self._message(
             msg_type, content, request.raw[0], metadata or {}, buffers
         )
-        sock = self._sockets[channel or request.channel]
+        sock = self._sockets.get(channel or request.channel)
+        if sock is None:  # closed
+            return msg_id
         try:
             sock.send_multipart([*request.idents, *message], zmq.NOBLOCK, copy=True)
         except zmq.ZMQError:

@@ -174,7 +174,7 @@ class Wrapper:
             try:
                 guest = await self._waiting
             except asyncio.CancelledError:
-                if not self._waiting.cancelled():
+                if self._exit.done():
                     raise  # it is us who are cancelled: shutdown
                 raise Interrupted from None
             finally:

@@ -265,15 +265,7 @@ async def ensure_template(
         return template
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(directory / f".lock-{target.name}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                progress(*_read_progress(directory, target.name))
-                await asyncio.sleep(0.25)
+    async with _BuildLock(directory, target.name, progress):
         template = find_template(spec, settings)  # built while we waited
         if template is None:
             from vmkernel.vm.build import build_template
@@ -281,8 +273,41 @@ async def ensure_template(
             async with boot_slot:
                 template = await build_template(spec, settings, target, progress)
         return template
-    finally:
-        os.close(lock)
+
+
+class _BuildLock:
+    """One builder for each key.  The file goes with its last holder; waiters see that it did."""
+
+    def __init__(self, directory: Path, name: str, progress: Progress) -> None:
+        self._directory = directory
+        self._name = name
+        self._path = directory / f".lock-{name}"
+        self._progress = progress
+        self._fd = -1
+
+    async def __aenter__(self) -> None:
+        while not self._try():
+            self._progress(*_read_progress(self._directory, self._name))
+            await asyncio.sleep(0.25)
+
+    async def __aexit__(self, *failure: object) -> None:
+        self._path.unlink(missing_ok=True)  # still locked: nobody else is in here
+        os.close(self._fd)
+
+    def _try(self) -> bool:
+        with disk_errors(self._directory):
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+                self._fd, fd = fd, -1
+                return True
+        except (BlockingIOError, FileNotFoundError):
+            pass  # held, or removed by its holder between our open and lock
+        finally:
+            if fd >= 0:
+                os.close(fd)
+        return False
 
 
 def write_progress(directory: Path, name: str, text: str, fraction: float) -> None:
