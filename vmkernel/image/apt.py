@@ -133,9 +133,7 @@ def choose_mirrors(sources: Sequence[Source], codename: str) -> Mirrors | None:
         if not uri.startswith("cdrom:")
     ]
     main = [uri for uri, suites in ours if releases.intersection(suites)]
-    updates = {
-        uri for uri, suites in ours if any(suite.endswith("-updates") for suite in suites)
-    }
+    updates = {uri for uri, suites in ours if any(suite.endswith("-updates") for suite in suites)}
     security = [
         uri
         for uri, suites in ours

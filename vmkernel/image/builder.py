@@ -16,7 +16,6 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -136,21 +135,17 @@ def _build(
     interpreter = python.GuestPython(tree.root)
     version = interpreter.full_version()
     advance = part("Python packages", 0.45, 0.60)
-    with ThreadPoolExecutor(1) as pool:
-        # Of what pip does not touch, while it waits for the network.
-        stdlib = pool.submit(
-            python.compile_bytecode,
-            interpreter,
-            tree.root,
-            [interpreter.stdlib, tree.root / "usr/lib/python3"],
-            tools,
-        )
+    environment = interpreter.environment()
+    # The standard library is compiled while pip waits for the network.
+    stdlib = [interpreter.stdlib, tree.root / "usr/lib/python3"]
+    compilers = python.compile_commands(interpreter, tree.root, stdlib)
+    with tools.beside(compilers, env=environment):
         python.install_packages(interpreter, recipe, tree.pip_wheel, tools, advance)
-        part("bytecode", 0.60, 0.80)
-        stdlib.result()
-    python.compile_bytecode(
-        interpreter, tree.root, sorted(interpreter.packages.iterdir()), tools
-    )
+    part("bytecode", 0.60, 0.80)
+    packages = sorted(interpreter.packages.iterdir())
+    compilers = python.compile_commands(interpreter, tree.root, packages)
+    with tools.beside(compilers, env=environment):
+        pass
     part("checking imports", 0.80, 0.85)
     python.check_imports(interpreter, recipe, tools)
     python.build_font_cache(interpreter, tree.root, tree.root / "home" / debian.USER, tools)
@@ -320,8 +315,7 @@ def _check_subordinate_ids() -> None:
 
 def _not_writable(settings: Settings, error: OSError) -> ImageError:
     return ImageError(
-        f"The images' directory {settings.images_dir} cannot be written: "
-        f"{error.strerror or error}",
+        f"The images' directory {settings.images_dir} cannot be written: {error.strerror or error}",
         hint="set VMKERNEL_IMAGES_DIR to a directory of yours",
     )
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from vmkernel.errors import ImageError
 
-_BUSYBOX_NAMES = (
-    "cat chmod chown cp echo env hostname insmod ip ln mkdir mount reboot sh sleep switch_root"
-).split()
+# What images/init calls.
+_BUSYBOX_NAMES = ["chmod", "chown", "cp", "echo", "env", "hostname", "insmod", "ip", "ln", "mkdir",
+                  "mount", "reboot", "sh", "sleep", "switch_root"]  # fmt: skip
 _DIRECTORIES = ("bin", "dev", "image", "modules", "proc", "root", "scratch", "sys")
 
 

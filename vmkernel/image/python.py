@@ -15,7 +15,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vmkernel.errors import ImageError
@@ -174,9 +173,7 @@ def explain_failure(lines: Sequence[str]) -> tuple[str, str]:
 
 
 def _tidy(python: GuestPython, recipe: Recipe) -> None:
-    root = str(python.packages).removesuffix(
-        f"/usr/local/lib/python{python.version}/dist-packages"
-    )
+    root = str(python.packages).removesuffix(f"/usr/local/lib/python{python.version}/dist-packages")
     # pip wrote where it ran; the guest finds its interpreter at /usr/bin.
     for script in (Path(root) / "usr/local/bin").iterdir():
         if script.is_file() and not script.is_symlink():
@@ -214,33 +211,23 @@ def check_imports(python: GuestPython, recipe: Recipe, tools: Tools) -> None:
             ) from error
 
 
-def compile_bytecode(
-    python: GuestPython, root: Path, directories: Sequence[Path], tools: Tools
-) -> None:
-    """Compile the modules in *directories*, some at a time, for the guest's paths.
+def compile_commands(
+    python: GuestPython, root: Path, directories: Sequence[Path]
+) -> list[list[str]]:
+    """Commands that compile the modules in *directories*, together, for the guest's paths.
 
-    Hash-based and unchecked (PEP 552): the image gives every file the same time stamp, and
-    nothing in it changes.
+    Hash-based and unchecked bytecode (PEP 552): the image gives every file the same time stamp,
+    and nothing in it changes. A package may ship a template that is no valid Python, so their
+    exit codes mean nothing.
     """
-    if not directories:
-        return
-    shards: list[list[Path]] = [[] for _ in range(min(len(os.sched_getaffinity(0)), 4))]
-    for index, directory in enumerate(directories):
-        shards[index % len(shards)].append(directory)
-
-    def compile_shard(shard: list[Path]) -> None:
-        # A package may ship a template that is no valid Python: not a reason to fail.
-        tools.run(
-            python.argv(
-                "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
-                "-s", root, "-p", "/", *shard,
-            ),
-            env=python.environment(),
-            allow_failure=True,
-        )  # fmt: skip
-
-    with ThreadPoolExecutor(len(shards)) as pool:
-        list(pool.map(compile_shard, [shard for shard in shards if shard]))
+    count = max(1, min(len(os.sched_getaffinity(0)), 4, len(directories)))
+    return [
+        python.argv(
+            "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
+            "-s", root, "-p", "/", *directories[start::count],
+        )
+        for start in range(count)
+    ]  # fmt: skip
 
 
 def build_font_cache(python: GuestPython, root: Path, home: Path, tools: Tools) -> None:

@@ -159,9 +159,9 @@ def _check(recipe: Recipe, path: Path) -> None:
     if recipe.memory is not None and not 64 <= recipe.memory <= 1024**2:
         raise _mistake(path, f"`memory` is {recipe.memory} MiB; allowed are 64M to 1T")
     if recipe.engine == "relay" and not any("{connection_file}" in word for word in recipe.argv):
-        raise _mistake(path, "`engine = \"relay\"` needs `argv` with \"{connection_file}\" in it")
+        raise _mistake(path, '`engine = "relay"` needs `argv` with "{connection_file}" in it')
     if recipe.engine == "python" and recipe.argv:
-        raise _mistake(path, "`argv` is only for `engine = \"relay\"`")
+        raise _mistake(path, '`argv` is only for `engine = "relay"`')
     if recipe.engine == "python":
         named = {distribution_name(text) for text in recipe.python.requirements}
         if "ipykernel" not in named:

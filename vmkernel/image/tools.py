@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -70,18 +71,18 @@ class Tools:
     def __init__(self, log_path: Path) -> None:
         self.log_path = log_path
         log_path.parent.mkdir(parents=True, exist_ok=True)
-        self._log = log_path.open("w", encoding="utf-8", errors="replace")
+        # For its owner alone: it shows command lines, and a proxy's address may hold a password.
+        # Appending, since several tools write into it at once.
+        descriptor = os.open(
+            log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600
+        )
+        self._log = os.fdopen(descriptor, "a", encoding="utf-8", errors="replace")
 
     def __enter__(self) -> Tools:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self._log.close()
-
-    def note(self, text: str) -> None:
-        """Write a line of our own into the log."""
-        self._log.write(f"== {text}\n")
-        self._log.flush()
 
     def run(
         self,
@@ -95,13 +96,12 @@ class Tools:
 
         Raises:
             ToolFailed: its exit code was not 0 (unless *allow_failure*).
-            ImageError: its program is missing, or a disk was full.
+            ImageError: its program is missing.
+            OSError: it ran out of disk space.
         """
-        words = [str(word) for word in argv]
-        tool = Path(words[0]).name
-        self.note(" ".join(words))
         tail: deque[str] = deque(maxlen=60)
-        with self._started(words, env) as process:
+        process = self._start(argv, env, subprocess.PIPE)
+        try:
             assert process.stdout is not None
             for line in process.stdout:
                 self._log.write(line)
@@ -109,16 +109,39 @@ class Tools:
                 if on_line is not None:
                     on_line(line.rstrip("\n"))
             code = process.wait()
-        self._log.flush()
+        finally:
+            _end(process)
+            self._log.flush()
         if code != 0 and not allow_failure:
             if any(os.strerror(errno.ENOSPC) in line for line in tail):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), tool)
-            raise ToolFailed(tool, code, tail)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise ToolFailed(Path(argv[0]).name, code, tail)
 
     @contextlib.contextmanager
-    def _started(
-        self, words: list[str], env: Mapping[str, str] | None
-    ) -> Iterator[subprocess.Popen[str]]:
+    def beside(
+        self, commands: Sequence[Sequence[str | Path]], *, env: Mapping[str, str] | None = None
+    ) -> Iterator[None]:
+        """Run *commands* at the same time, beside the body, which then waits for them.
+
+        For helpers whose failure does not matter: they talk to the log only, and their exit code
+        is not looked at. When the body raises they are ended.
+        """
+        running: list[subprocess.Popen[str]] = []
+        try:
+            running.extend(self._start(argv, env, self._log.fileno()) for argv in commands)
+            yield
+            for process in running:
+                process.wait()
+        finally:
+            for process in running:
+                _end(process)
+
+    def _start(
+        self, argv: Sequence[str | Path], env: Mapping[str, str] | None, output: int
+    ) -> subprocess.Popen[str]:
+        words = [str(word) for word in argv]
+        self._log.write(f"== {shlex.join(words)}\n")
+        self._log.flush()
         # setpriv (util-linux) gives the tool a parent-death signal without preexec_fn, which is
         # unsafe beside threads: a builder that is killed takes mmdebstrap with it, and SIGTERM
         # lets that remove its own temporary directory.
@@ -126,11 +149,13 @@ class Tools:
         prefix = [setpriv, "--pdeathsig", "TERM", "--"] if setpriv else []
         environment = {**os.environ, "PATH": search_path(), "LC_ALL": "C.UTF-8"}
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 prefix + words,
                 env=dict(env) if env is not None else environment,
+                # The builder's own may be closed to whom mmdebstrap becomes in a user namespace.
+                cwd="/",
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 encoding="utf-8",
                 errors="replace",
@@ -143,10 +168,6 @@ class Tools:
                 f"{words[0]} is not installed on this host.",
                 hint=f"install the package that has it ({_PACKAGES.get(words[0], words[0])})",
             ) from error
-        try:
-            yield process
-        finally:
-            _end(process)
 
 
 def _end(process: subprocess.Popen[str]) -> None:
