@@ -46,6 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
         JUPYTER_DATA_DIR=str(session_dir / "jupyter" / "data"),
         JUPYTER_RUNTIME_DIR=str(session_dir / "jupyter" / "runtime"),
         JUPYTER_PLATFORM_DIRS="1",
+        # Else a kernelspec of the same name in .venv (the demo's) would hide the session's.
+        JUPYTER_PREFER_ENV_PATH="0",
         IPYTHONDIR=str(session_dir / "ipython"),
         MPLBACKEND="agg",
     )

@@ -42,7 +42,7 @@ def load(tmp_path: Path):
 
 
 def test_defaults():
-    settings = load_settings(environ=ENV, system_config=Path("/nonexistent"))
+    settings = load_settings(environ=ENV, system_config=Path("/nonexistent/config.toml"))
     assert settings.recipe == "datascience"
     assert settings.memory == 2048
     assert settings.queue_timeout is None
@@ -199,7 +199,7 @@ def test_any_value_is_either_taken_or_a_settings_error(name, value):
     if "\0" in text or any(0xD800 <= ord(letter) < 0xE000 for letter in text):
         return
     try:
-        load_settings({name: text}, ENV, system_config=Path("/nonexistent"))
+        load_settings({name: text}, ENV, system_config=Path("/nonexistent/config.toml"))
     except SettingsError as error:
         assert error.hint  # noqa: PT017 - any other exception must fail the test
 

@@ -219,12 +219,10 @@ def install(
             f"build it with: vmkernel image build {settings.recipe}",
             err=True,
         )
-    elif name not in installed_kernelspecs():
-        click.echo(
-            f"note: the Jupyter of this Python ({sys.prefix}) does not look there; "
-            "one that does will show it",
-            err=True,
-        )
+    seen = installed_kernelspecs().get(name)
+    if seen != target:
+        what = f"finds another {name!r} first: {seen}" if seen else "does not look there"
+        click.echo(f"note: the Jupyter of this Python ({sys.prefix}) {what}", err=True)
 
 
 @click.command()

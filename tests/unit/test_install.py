@@ -1,0 +1,148 @@
+"""Kernelspecs: what is written, where, and what is refused; and the wheel that brings it all."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+
+from vmkernel.cli.install import install_kernelspec, installed_kernelspecs, uninstall_kernelspec
+from vmkernel.errors import SettingsError, VmError
+
+ROOT = Path(__file__).parents[2]
+
+
+def _spec(directory: Path) -> dict:
+    return json.loads((directory / "kernel.json").read_text())
+
+
+def test_a_kernelspec_starts_this_python_and_says_only_what_was_given(tmp_path):
+    target = install_kernelspec(tmp_path)
+    assert target == tmp_path / "vmsandbox"
+    assert _spec(target) == {
+        "argv": [sys.executable, "-m", "vmkernel", "-f", "{connection_file}"],
+        "display_name": "Python (microVM)",
+        "language": "python",
+        "interrupt_mode": "message",
+        "metadata": {"debugger": False},
+    }
+
+
+def test_options_become_the_command_line(tmp_path):
+    options = {"memory": "4G", "vcpus": "2", "queue_timeout": "5m"}
+    target = install_kernelspec(tmp_path, name="big", display_name="Größer", options=options)
+    spec = _spec(target)
+    assert spec["argv"][5:] == ["--memory=4G", "--vcpus=2", "--queue-timeout=5m"]
+    assert spec["display_name"] == "Größer"
+
+
+def test_jupyter_finds_it_with_its_logos(tmp_path):
+    target = install_kernelspec(Path(os.environ["JUPYTER_DATA_DIR"]) / "kernels", name="found")
+    try:
+        spec = KernelSpecManager().get_kernel_spec("found")
+        assert Path(spec.resource_dir) == target
+        for size in (32, 64):
+            png = (target / f"logo-{size}x{size}.png").read_bytes()
+            # PNG's header: signature, IHDR, then width and height, big-endian.
+            assert png[:8] == b"\x89PNG\r\n\x1a\n"
+            assert struct.unpack(">II", png[16:24]) == (size, size)
+        assert (target / "logo-svg.svg").read_text().startswith("<svg")
+        assert installed_kernelspecs()["found"] == target
+    finally:
+        uninstall_kernelspec("found")
+    assert "found" not in installed_kernelspecs()
+
+
+def test_installing_again_replaces_and_leaves_nothing_between(tmp_path):
+    install_kernelspec(tmp_path, options={"memory": "1G"})
+    install_kernelspec(tmp_path, options={"memory": "2G"})
+    assert _spec(tmp_path / "vmsandbox")["argv"][5:] == ["--memory=2G"]
+    assert [path.name for path in tmp_path.iterdir()] == ["vmsandbox"]
+
+
+def test_a_wrong_option_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(SettingsError, match="'memory' is 'lots'"):
+        install_kernelspec(tmp_path / "kernels", options={"memory": "lots"})
+    with pytest.raises(SettingsError, match="no setting 'memroy'"):
+        install_kernelspec(tmp_path / "kernels", options={"memroy": "1G"})
+    assert not (tmp_path / "kernels").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../up", "Capitals", "spa ce", "x" * 101])
+def test_a_wrong_name_is_refused(tmp_path, name):
+    with pytest.raises(SettingsError, match="cannot be a kernel's name"):
+        install_kernelspec(tmp_path, name=name)
+
+
+def test_another_kernel_is_neither_replaced_nor_removed(tmp_path):
+    other = tmp_path / "python3"
+    other.mkdir()
+    (other / "kernel.json").write_text('{"argv": ["python3", "-m", "ipykernel_launcher"]}')
+    with pytest.raises(VmError, match="another kernel"):
+        install_kernelspec(tmp_path, name="python3")
+    with pytest.raises(VmError, match="no kernelspec 'python3' of vmkernel"):
+        uninstall_kernelspec("python3", tmp_path)
+    assert (other / "kernel.json").exists()
+
+
+def test_uninstalling_what_is_not_there_says_what_is(tmp_path):
+    install_kernelspec(Path(os.environ["JUPYTER_DATA_DIR"]) / "kernels", name="there")
+    try:
+        with pytest.raises(VmError, match="no kernelspec 'nowhere'") as caught:
+            uninstall_kernelspec("nowhere")
+        assert "there (" in caught.value.hint
+    finally:
+        uninstall_kernelspec("there")
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a directory nobody can write")
+def test_a_place_that_cannot_be_written_is_a_clear_error():
+    with pytest.raises(VmError, match="cannot be written") as caught:
+        install_kernelspec(Path("/proc/vmkernel/kernels"))
+    assert "--user" in caught.value.hint
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The project's wheel, built from this checkout without a network."""
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", out, ROOT],
+        check=True, capture_output=True, timeout=100,
+    )  # fmt: skip
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_brings_recipes_and_kernelspec_and_works(wheel, tmp_path):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "vmkernel/_resources/kernelspec/kernel.json" in names
+    assert "vmkernel/_resources/images/minimal.toml" in names
+    assert not [name for name in names if name.startswith("tests/")]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--no-index",
+         "--target", tmp_path / "site", wheel],
+        check=True, timeout=100,
+    )  # fmt: skip
+    # -S -I would also drop the dependencies; a path in front of the editable install suffices.
+    done = subprocess.run(
+        [sys.executable, "-c",
+         "import vmkernel, sys\n"
+         "from vmkernel.resources import resource_dir\n"
+         "from vmkernel.cli.app import main\n"
+         "print(resource_dir('images'))\n"
+         f"main(['install', '--prefix', {str(tmp_path / 'prefix')!r}])"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site" / "vmkernel"))
+    installed = tmp_path / "prefix" / "share" / "jupyter" / "kernels" / "vmsandbox"
+    assert (installed / "logo-svg.svg").exists()
