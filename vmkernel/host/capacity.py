@@ -44,8 +44,9 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 1.0  # the safety net under inotify
 _POLL_ALONE_SECONDS = 0.1  # when inotify is not to be had
-# After a close, look again soon: inotify tells it before the kernel drops the locks.
-_AGAIN_SECONDS = (0.001, 0.004, 0.016, 0.064, 0.25)
+# After a close, look again soon: inotify tells it before the kernel drops the locks (40 µs here,
+# or as long as the dying process does not get the processor back).
+_AGAIN_SECONDS = (0.0, 0.001, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
 # Each close wakes every waiter, of which one gets a slot; the others count queue and slots (tens of
 # system calls) no more often than this.
 _COUNT_SECONDS = 0.2
@@ -190,7 +191,7 @@ class Semaphore:
         self,
         *,
         on_wait: Callable[[QueuePosition], None] | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - the error tells more than TimeoutError
+        timeout: float | None = None,
         label: str = "",
     ) -> Slot:
         """Take a slot, waiting in order of arrival for one; cancelling it leaves nothing held.
