@@ -250,7 +250,7 @@ def _read(settings: Settings, vm_id: str) -> VmRecord | None:
         record = msgspec.json.decode(path.read_bytes(), type=VmRecord)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, RecursionError) as error:
         _warn("the record %s is unreadable: %s", path, error)
         return None
     return record if record.vm_id == vm_id else None
