@@ -227,7 +227,7 @@ def run_engine(port: int, outputs: dict[str, int], status: int, marker: bytes | 
         os.write(status, json.dumps(kernel_info).encode())
         os.close(status)
 
-    engine.run(on_ready)
+    engine.run(on_ready, warm_up=marker is None)
 
 
 def oom_kills() -> int:

@@ -212,15 +212,18 @@ class Engine:
         message["content"] = {"name": name, "text": text}
         session.send("iopub", message)
 
-    def run(self, on_ready: Any) -> None:
-        """Serve until the process ends.  ``on_ready(kernel_info)`` is called once."""
+    def run(self, on_ready: Any, warm_up: bool) -> None:
+        """Serve until the process ends.  ``on_ready(kernel_info)`` is called once.
+
+        ``warm_up``: run the usual code paths first, for a template to be saved.
+        """
         loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
         self.interrupts.install()
         faulthandler.enable(file=2)  # what it prints is shown with the news of the death
         self.pump.start()
         loop.add_reader(self.port.fd, self._on_readable)
-        loop.call_soon(self._warm_up, on_ready)
+        loop.call_soon(self._prepare, on_ready, warm_up)
         while True:
             try:
                 loop.run_forever()
@@ -231,18 +234,20 @@ class Engine:
         sys.stderr.flush()
         self.port.flush()
 
-    def _warm_up(self, on_ready: Any) -> None:
+    def _prepare(self, on_ready: Any, warm_up: bool) -> None:
         from tornado import ioloop
 
         self.kernel.io_loop = ioloop.IOLoop.current()
-        asyncio.get_running_loop().create_task(self._warm_up_cells(on_ready))
+        task = asyncio.get_running_loop().create_task(self._get_ready(on_ready, warm_up))
+        self._tasks.add(task)
 
-    async def _warm_up_cells(self, on_ready: Any) -> None:
-        for code in WARM_UP:
-            await self._run_untraced(code)
-        self.kernel.do_complete("import os; os.pa", 16)
-        self.kernel.do_inspect("print", 5)
-        self.kernel.do_is_complete("for i in x:")
+    async def _get_ready(self, on_ready: Any, warm_up: bool) -> None:
+        if warm_up:
+            for code in WARM_UP:
+                await self._run_untraced(code)
+            self.kernel.do_complete("import os; os.pa", 16)
+            self.kernel.do_inspect("print", 5)
+            self.kernel.do_is_complete("for i in x:")
         on_ready({"status": "ok", **self.kernel.kernel_info})
 
     async def _run_untraced(self, code: str) -> None:

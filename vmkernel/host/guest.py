@@ -66,13 +66,12 @@ class Guest:
 
         Nothing else may be sent before this returned.  Raises VmGuestError.
         """
-        async with asyncio.timeout(timeout + 1.0):
-            kernel = asyncio.ensure_future(self._wake_kernel(env, cwd, timeout))
-            try:
-                await self.vm.wake(self.vm.machine.vm_id, timeout)
-                await kernel
-            finally:
-                kernel.cancel()
+        kernel = asyncio.ensure_future(self._wake_kernel(env, cwd, timeout))
+        try:
+            await self.vm.wake(self.vm.machine.vm_id, timeout)
+            await kernel
+        finally:
+            kernel.cancel()
 
     async def _wake_kernel(self, env: dict[str, str], cwd: str, timeout: float) -> None:
         self._woken = asyncio.get_running_loop().create_future()
@@ -141,7 +140,9 @@ class Guest:
 
     def _on_event(self, event: messages.FromAgent) -> None:
         if isinstance(event, messages.KernelDied):
-            self._on_kernel_death(explain_death(event))
+            death = explain_death(event)
+            self._fail(VmGuestError(death.reason, hint=death.hint))
+            self._on_kernel_death(death)
         elif isinstance(event, messages.Ready):
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(None)

@@ -8,6 +8,7 @@ as the answer to the first cell.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -69,6 +70,8 @@ def main() -> NoReturn:
     """Run the kernel; never returns."""
     from vmkernel.settings import Settings, load_settings
 
+    # Until the event loop has its handler, an interrupt has nothing to interrupt but the start.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     failure: VmError | None = None
     begun: Started | None = None
     try:

@@ -29,6 +29,14 @@ WITHOUT_GUEST: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def without_guest(msg_type: str, content: dict[str, Any]) -> dict[str, Any]:
+    """The reply to a request of a type in WITHOUT_GUEST."""
+    reply = dict(WITHOUT_GUEST[msg_type])
+    if msg_type == "complete_request":
+        reply["cursor_start"] = reply["cursor_end"] = content.get("cursor_pos", 0)
+    return reply
+
+
 def kernel_info(guest_info: dict[str, Any] | None, python: str, facts: str) -> dict[str, Any]:
     """The content of a ``kernel_info_reply``.
 

@@ -62,7 +62,9 @@ def _parent_watch(loop: asyncio.AbstractEventLoop, wrapper: Wrapper):  # type: i
     """End the kernel when the front end's process ends, as ipykernel does (JPY_PARENT_PID)."""
     try:
         fd = os.pidfd_open(int(os.environ["JPY_PARENT_PID"]))
-    except (KeyError, ValueError, OSError):
+    except (KeyError, ValueError, OSError) as error:
+        if isinstance(error, ProcessLookupError):
+            wrapper.stop(1)  # it died while we started
         yield
         return
     loop.add_reader(fd, wrapper.stop, 1)

@@ -216,9 +216,16 @@ class GuestSupply:
     async def _replace_kernel(self, guest: Guest) -> Guest:
         from vmkernel.host.guest import guest_environment
 
-        await guest.restart_kernel(
-            guest_environment(dict(os.environ)), "", self._settings.boot_timeout
-        )
+        try:
+            await guest.restart_kernel(
+                guest_environment(dict(os.environ)), "", self._settings.boot_timeout
+            )
+        except BaseException:
+            # This VM cannot carry a kernel any more: the next one who asks gets a new VM.
+            start, self._start = self._start, None
+            if start is not None:
+                await start.close(keep_logs=True)
+            raise
         self.current = guest
         return guest
 

@@ -76,6 +76,7 @@ class Wrapper:
         self._parents: OrderedDict[str, bytes] = OrderedDict()
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exit_asked = False
+        self._execution_count = 0
         self._news: list[str] = []
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -150,7 +151,7 @@ class Wrapper:
             ports = {f"{name}_port": self.sockets.info[f"{name}_port"] for name in names}
             self._reply(request, {"status": "ok", **ports})
         elif msg_type in local.WITHOUT_GUEST and not await self._guest_soon():
-            self._reply(request, dict(local.WITHOUT_GUEST[msg_type]))
+            self._reply(request, local.without_guest(msg_type, request.content))
         else:
             try:
                 await self._serve_by_guest(request)
@@ -198,6 +199,12 @@ class Wrapper:
             request.buffers,
         )
         await self._done
+        if not self._replied and request.msg_type not in NO_REPLY:
+            # Nobody may be left waiting, whatever the guest forgot or cannot do.
+            error = local.error_content(
+                "NotImplementedError", f"the guest kernel gave no answer to {request.msg_type}", []
+            )
+            self._reply(request, {**error, "status": "error"}, {"status": "error"})
 
     def _tell_news(self, request: Request) -> None:
         """Say in the cell's output what happened to the VM since the last cell."""
@@ -221,7 +228,7 @@ class Wrapper:
         """End a request with an error of our own, and abort what is queued behind it."""
         if request.msg_type == _EXECUTE:
             self.sockets.publish("error", error, request.raw[0])
-            content = {**error, "status": "error", "execution_count": None,
+            content = {**error, "status": "error", "execution_count": self._execution_count,
                        "user_expressions": {}, "payload": []}  # fmt: skip
         else:
             content = {**error, "status": "error"}
@@ -256,7 +263,8 @@ class Wrapper:
         elif msg_type == "kernel_info_request":
             self._reply_control(request, self._kernel_info())
         elif msg_type == "usage_request":
-            self._reply_control(request, await self.supply.usage())
+            with contextlib.suppress(VmError):
+                self._reply_control(request, await self.supply.usage())
         else:
             error = local.error_content(
                 "NotImplementedError", f"this kernel does not know {msg_type}", []
@@ -337,11 +345,14 @@ class Wrapper:
         self._replied = True
         content = message.content
         if request.msg_type == _EXECUTE:
+            count = content.get("execution_count")
+            if isinstance(count, int):
+                self._execution_count = count
             payload = content.get("payload")
-            if isinstance(payload, list):
-                self._exit_asked = any(
-                    isinstance(item, dict) and item.get("source") == "ask_exit" for item in payload
-                )
+            if isinstance(payload, list) and any(
+                isinstance(item, dict) and item.get("source") == "ask_exit" for item in payload
+            ):
+                self._exit_asked = True
         self.sockets.reply(request, message.msg_type, content, message.metadata, buffers)
         if content.get("status") == "error":
             self._abort_queued(request)
@@ -374,15 +385,15 @@ class Wrapper:
             if death.output.strip():
                 error.message += f"\nIts last words:\n{death.output.strip()}"
             self._done.set_exception(error)
-        elif death.asked_for and self._exit_asked:
-            self.stop()  # exit(): a kernel that ends is what was wanted
-            return
-        else:
+        elif not self._exit_asked:
             self._news.append(
                 f"{death.reason} while no cell ran; this cell runs in a new guest kernel, "
                 "variables are lost, files are still there"
             )
-        self.supply.kernel_died()
+        if death.asked_for and self._exit_asked:
+            self.stop()  # exit(): a kernel that ends is what was wanted
+        else:
+            self.supply.kernel_died()
 
     def on_vm_end(self, error: VmError) -> None:
         """The VM ended by itself."""

@@ -95,6 +95,7 @@ class Vm:
         self.console: ConsoleLog | None = None
         self.agent: AgentPort
         self.kernel: Port
+        self._ports: list[AgentPort | Port] = []
         self._spawned = spawned
         self._on_event = on_event
         self._on_message = on_message
@@ -125,10 +126,12 @@ class Vm:
         self.console = ConsoleLog(console_path, console_cap)
         self.console.drain(self._spawned.console.detach(), loop)
         self.agent = AgentPort(self._on_event)
+        self._ports.append(self.agent)
         await self.agent.open(self._spawned.agent, self._on_lost)
         self.kernel = await Port.open(
             "kernel", self._spawned.kernel, self._on_message, self._on_lost
         )
+        self._ports.append(self.kernel)
 
     async def monitor(self) -> Monitor:
         """QEMU's monitor, opened at first use.  Raises VmBootError with QEMU's last words."""
@@ -180,10 +183,12 @@ class Vm:
             await self._monitor.close()
         else:
             self._spawned.monitor.close()
-        if self.console is not None:
-            self.agent.close()
-            self.kernel.close()
-        await self.process.close()
+        for port in self._ports:
+            port.close()
+        for sock in (self._spawned.agent, self._spawned.kernel):
+            sock.close()  # no effect where a port has it
+        if self._watch is not None:
+            await self.process.close()
         if self.console is not None:
             self.console.close()
 
