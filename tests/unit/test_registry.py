@@ -31,19 +31,23 @@ def settings(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts processes that sleep, under any name, and ends them."""
+    """Starts processes that do nothing, under any name, and ends them."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start(*arguments: str, name: str = "sleep") -> subprocess.Popen[bytes]:
-        program = [name, "-c", "sleep 60 & wait", *arguments]
-        child = subprocess.Popen(program, executable="/bin/sh", start_new_session=True)
+    def start(
+        *arguments: str, name: str = "sleep", settled: bool = True
+    ) -> subprocess.Popen[bytes]:
+        program = [name, "-c", "read line", *arguments]  # a builtin: no second process
+        child = subprocess.Popen(program, executable="/bin/sh", stdin=subprocess.PIPE)
         started.append(child)
+        while settled and not processes.arguments(child.pid):
+            time.sleep(0.001)  # Popen returns in the midst of execve
         return child
 
     yield start
     for child in started:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        child.kill()
+        child.communicate()
 
 
 def identity(process: subprocess.Popen[bytes]) -> ProcessIdentity:
@@ -192,7 +196,7 @@ def test_a_sweep_never_kills_what_is_no_qemu(
 
 def test_a_qemu_of_another_name_is_known_by_the_setting(tmp_path: Path, start: Start) -> None:
     settings = Settings(runtime_dir=tmp_path / "run", qemu="/opt/x/my-emulator")
-    child = start("--", "/opt/x/my-emulator", name="bwrap")
+    child = start("--", "/opt/x/my-emulator", name="bwrap", settled=False)
     record = record_of(settings, runner=None, qemu=identity(child))
     assert registry.sweep(settings) == [record.vm_id]
     assert child.wait(5) == -signal.SIGKILL
@@ -362,7 +366,9 @@ def test_a_process_with_a_strange_name_is_identified(start: Start, tmp_path: Pat
         found = identity(child)
         assert processes.is_alive(found)
         assert not processes.is_alive(found._replace(start_time=found.start_time + 1))
-        assert processes.arguments(child.pid) == [str(program), "60"]
+        while not (words := processes.arguments(child.pid)):
+            assert time.monotonic() < end
+        assert words == [str(program), "60"]
         assert processes.kill(found._replace(start_time=1)), "that one is dead"
         assert child.poll() is None
         assert processes.kill(found)

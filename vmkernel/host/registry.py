@@ -238,6 +238,10 @@ def _strays(directory: Path) -> list[ProcessIdentity]:
 
 def _is_qemu(settings: Settings, pid: int) -> bool:
     program = Path(settings.qemu).name
+    for _ in range(20):  # in the midst of execve a process has no command line, for an instant
+        if processes.arguments(pid) or not processes.identify(pid):
+            break
+        time.sleep(0.005)
     # Not the first word alone: QEMU may run under a wrapper (bwrap … qemu-system-x86_64 …).
     names = (word.rpartition("/")[2] for word in processes.arguments(pid))
     return any(name == program or name.startswith("qemu-system-") for name in names)
