@@ -140,7 +140,7 @@ def _build(
     stdlib = [interpreter.stdlib, tree.root / "usr/lib/python3"]
     compilers = python.compile_commands(interpreter, tree.root, stdlib)
     with tools.beside(compilers, env=environment):
-        python.install_packages(interpreter, recipe, tree.pip_wheel, tools, advance)
+        python.install_packages(interpreter, tree.root, recipe, tree.pip_wheel, tools, advance)
     part("bytecode", 0.60, 0.80)
     packages = sorted(interpreter.packages.iterdir())
     compilers = python.compile_commands(interpreter, tree.root, packages)

@@ -9,6 +9,9 @@ interpreter and puts scripts and data files in the wrong place.)
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import os
 import re
 import shutil
@@ -107,6 +110,7 @@ class GuestPython:
 
 def install_packages(
     python: GuestPython,
+    root: Path,
     recipe: Recipe,
     pip_wheel: Path,
     tools: Tools,
@@ -148,7 +152,7 @@ def install_packages(
         raise ImageError(
             f"The Python packages could not be had: {what}", hint=hint, log_path=tools.log_path
         ) from error
-    _tidy(python, recipe)
+    _tidy(python, root, recipe)
 
 
 def explain_failure(lines: Sequence[str]) -> tuple[str, str]:
@@ -172,23 +176,50 @@ def explain_failure(lines: Sequence[str]) -> tuple[str, str]:
     )
 
 
-def _tidy(python: GuestPython, recipe: Recipe) -> None:
-    root = str(python.packages).removesuffix(f"/usr/local/lib/python{python.version}/dist-packages")
-    # pip wrote where it ran; the guest finds its interpreter at /usr/bin.
-    for script in (Path(root) / "usr/local/bin").iterdir():
+def _tidy(python: GuestPython, root: Path, recipe: Recipe) -> None:
+    """Make what pip wrote fit for the guest's paths, and the same wherever it was built."""
+    bin_directory = root / "usr/local/bin"
+    for script in bin_directory.iterdir():
         if script.is_file() and not script.is_symlink():
             content = script.read_bytes()
-            if root.encode() in content:
-                script.write_bytes(content.replace(root.encode(), b""))
+            script.write_bytes(guest_script(content, str(root)))
     # Where on the host pip's wheel lay concerns nobody.
     for record in python.packages.glob("pip-*.dist-info/direct_url.json"):
         record.unlink()
+    for record in python.packages.glob("*.dist-info/RECORD"):
+        _renew_record(record, python.packages, bin_directory)
     for pattern in recipe.python.prune:
         for path in python.packages.glob(pattern):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+def guest_script(content: bytes, root: str) -> bytes:
+    """A script that pip wrote for the interpreter below *root*, as it must be in the guest.
+
+    Where the path is too long for a ``#!`` line, pip writes three lines that are shell and Python
+    at once; they become one line as well.
+    """
+    content = re.sub(rb"\A#!/bin/sh\n'''exec' (\S+) \"\$0\" \"\$@\"\n' '''\n", rb"#!\1\n", content)
+    return content.replace(root.encode(), b"")
+
+
+def _renew_record(record: Path, packages: Path, bin_directory: Path) -> None:
+    """Correct the checksums of changed scripts, and forget what is gone, in a RECORD (PEP 376)."""
+    rows = []
+    with record.open(newline="", encoding="utf-8") as file:
+        for row in csv.reader(file):
+            path = Path(os.path.normpath(packages / row[0]))
+            if row[1] and path.parent == bin_directory and path.is_file():
+                content = path.read_bytes()
+                digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
+                row = [row[0], f"sha256={digest.decode().rstrip('=')}", str(len(content))]
+            if path.name != "direct_url.json" or path.is_file():
+                rows.append(row)
+    with record.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 def check_imports(python: GuestPython, recipe: Recipe, tools: Tools) -> None:
