@@ -89,6 +89,13 @@ class Screen:
             text = _ANSI.sub("", text)
         print(textwrap.indent(text.rstrip("\n"), "    "), flush=True)
 
+    def clear(self) -> None:
+        """The cell takes back what it printed: on a terminal the line under way goes away."""
+        if not self._at_line_start and self.colour:
+            sys.stdout.write("\r\x1b[K")
+            self._at_line_start = True
+        self._fresh_line()
+
     def _fresh_line(self) -> None:
         if not self._at_line_start:
             print()
@@ -111,9 +118,11 @@ class Demo(NotebookClient):  # type: ignore[misc]
         return super().output(outs, msg, display_id, cell_index)
 
     def process_message(self, msg: dict[str, Any], cell: Any, cell_index: int) -> Any:
-        """As nbclient does; updates of a display (progress) are shown as well."""
+        """As nbclient does; a display's updates and erasures are shown as well."""
         if msg["msg_type"] == "update_display_data":
             self._show(msg["msg_type"], msg["content"])
+        elif msg["msg_type"] == "clear_output":
+            self.screen.clear()
         return super().process_message(msg, cell, cell_index)
 
     def _show(self, kind: str, content: dict[str, Any]) -> None:
