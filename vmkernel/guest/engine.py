@@ -10,9 +10,10 @@ no liveness.  There is one event loop, in the main thread, and one helper thread
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 import faulthandler
+import functools
+import gc
+import inspect
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ import time
 import traceback
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning that helps nobody
@@ -47,8 +48,22 @@ ipykernel.debugger._is_debugpy_available = False
 _encode = msgspec.json.Encoder(enc_hook=json_default, decimal_format="number").encode
 
 
-WARM_UP = ("1+1", "print(end='')", "1/0", "await __import__('asyncio').sleep(0)", "!true", "%time 1")
+WARM_UP = (
+    "1+1",
+    "print(end='')",
+    "1/0",
+    "await __import__('asyncio').sleep(0)",
+    "!true",
+    "%time 1",
+)
 """Cells that a template has run: what they import, no clone has to."""
+WARM_UP_WITH = {
+    "pandas": "import pandas as _w; _w.DataFrame({'a': [1.5]})._repr_html_(); del _w",
+    "matplotlib.pyplot": (
+        "import matplotlib.pyplot as _w; _w.plot([1, 2]); _w.title('a'); _w.show(); del _w"
+    ),
+}
+"""More of them, where the recipe preloads the module."""
 
 
 class PortSession(Session):
@@ -57,7 +72,7 @@ class PortSession(Session):
     port: Port
     owner_pid: int
 
-    def send(  # type: ignore[override]
+    def send(
         self,
         stream: Any,
         msg_or_type: dict[str, Any] | str,
@@ -117,7 +132,7 @@ class PortKernel(IPythonKernel):
     interrupts: Interrupts
     port: Port
     wake_input: Any = None
-    _supports_kernel_subshells = False  # type: ignore[assignment]
+    _supports_kernel_subshells = False
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -243,11 +258,14 @@ class Engine:
 
     async def _get_ready(self, on_ready: Any, warm_up: bool) -> None:
         if warm_up:
-            for code in WARM_UP:
+            preloaded = (code for name, code in WARM_UP_WITH.items() if name in sys.modules)
+            for code in (*WARM_UP, *preloaded):
                 await self._run_untraced(code)
             self.kernel.do_complete("import os; os.pa", 16)
             self.kernel.do_inspect("print", 5)
             self.kernel.do_is_complete("for i in x:")
+        gc.collect()
+        gc.freeze()  # the collector must not write to memory that clones share
         on_ready({"status": "ok", **self.kernel.kernel_info})
 
     async def _run_untraced(self, code: str) -> None:
@@ -341,12 +359,13 @@ class Engine:
         content = messages.decode(bytes(request.content), messages.WakeKernel)
         reseed_process(content.entropy)
         os.environ.update(content.env)
+        backend = content.env.get("MPLBACKEND")
+        if backend and "matplotlib" in sys.modules:
+            sys.modules["matplotlib"].use(backend)  # it read the environment in the template
         time.tzset()
         if content.cwd:
-            try:
+            with suppress(OSError):  # not in the guest: cells start in the user's home
                 os.chdir(content.cwd)
-            except OSError:
-                pass  # the directory is not in the guest: cells start in the user's home
         name = os.environ.get("JPY_SESSION_NAME")
         if name:
             self.kernel.shell.user_ns["__session__"] = name

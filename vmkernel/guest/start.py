@@ -4,7 +4,7 @@ import sys
 
 sys.path.insert(0, "/run/vmkernel")
 
-from vmkernel.guest.agent import main  # noqa: E402  (the path must be set first)
+from vmkernel.guest.agent import main
 
 if __name__ == "__main__":
     main()

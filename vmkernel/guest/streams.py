@@ -54,7 +54,9 @@ class PortStream(OutStream):
         self._pump = pump
         self._master_pid = os.getpid()
         self._local = threading.local()
-        self._parent_header = contextvars.ContextVar("parent_header")
+        self._parent_header: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar(
+            "parent_header"
+        )
         self._parent_header.set({})
         self._parent_header_global: dict[str, Any] = {}
         self._lock = threading.RLock()
@@ -68,6 +70,7 @@ class PortStream(OutStream):
 
     @property
     def closed(self) -> bool:
+        """Never: see `close`."""
         return False
 
     def close(self) -> None:

@@ -50,14 +50,11 @@ def reseed_process(entropy: bytes) -> None:
     ssl = sys.modules.get("ssl")
     if ssl is not None:
         ssl.RAND_add(entropy, float(len(entropy)))
-    uuid = sys.modules.get("uuid")
-    if uuid is not None:
-        uuid._last_timestamp = None
-        uuid._node = None  # uuid1's node is random where there is no network card
-    platform = sys.modules.get("platform")
-    if platform is not None:
-        platform._uname_cache = None  # holds the template's host name
-    secrets = sys.modules.get("secrets")
-    if secrets is not None:
-        secrets._sysrand = random.SystemRandom()
-
+    for module, name, value in (
+        ("uuid", "_last_timestamp", None),
+        ("uuid", "_node", None),  # random where there is no network card
+        ("platform", "_uname_cache", None),  # holds the template's host name
+        ("secrets", "_sysrand", random.SystemRandom()),
+    ):
+        if module in sys.modules:
+            setattr(sys.modules[module], name, value)

@@ -11,6 +11,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -204,7 +205,7 @@ def guest_environment(environ: dict[str, str]) -> dict[str, str]:
 def local_zone() -> str:
     """The host's time zone by its name (localtime(5)), "" when it has none."""
     try:
-        target = os.readlink("/etc/localtime")
+        target = str(Path("/etc/localtime").readlink())
     except OSError:
         return ""
     return target.partition("zoneinfo/")[2]

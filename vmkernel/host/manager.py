@@ -20,7 +20,7 @@ import msgspec
 
 from vmkernel.errors import VmBootError, VmError
 from vmkernel.host import registry
-from vmkernel.host.capacity import Slot, boot_slots, vm_slots
+from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
 from vmkernel.vm import accel
 from vmkernel.vm.machine import Spawned, spawn
 from vmkernel.vm.qemu import find_qemu
@@ -85,7 +85,7 @@ def begin(settings: Settings, label: Label) -> Started | None:
     template = find_template(spec, settings)
     if template is None:
         return None
-    slot = vm_slots(settings).acquire_nowait(label=label.kernel_id)
+    slot = _slots(settings).acquire_nowait(label=label.kernel_id)
     if slot is None:
         return None
     with slot:
@@ -97,8 +97,19 @@ def begin(settings: Settings, label: Label) -> Started | None:
             raise
 
 
+def _slots(settings: Settings) -> Semaphore:
+    """The process's one view of the semaphore file: it remembers a file that was replaced."""
+    key = (settings.semaphore_file, settings.max_concurrent_vms)
+    if key not in _semaphores:
+        _semaphores[key] = vm_slots(settings)
+    return _semaphores[key]
+
+
+_semaphores: dict[tuple[Path, int], Semaphore] = {}
+
+
 class VmStart:
-    """One VM on its way up, and its end: ``await start.guest(…)``, later ``await start.close()``."""
+    """One VM on its way up, and its end: ``start.guest(…)``, later ``start.close()``."""
 
     def __init__(self, settings: Settings, label: Label, begun: Started | None = None) -> None:
         self.settings = settings
@@ -172,8 +183,7 @@ class VmStart:
         self.vm_id = record.vm_id
         waiting = msgspec.structs.replace(record, state=registry.VmState.WAITING)
         registry.write_record(settings, waiting)
-        slots = vm_slots(settings)
-        slot = await slots.acquire(
+        slot = await _slots(settings).acquire(
             on_wait=lambda place: progress(place.text),
             timeout=settings.queue_timeout,
             label=self.label.kernel_id,

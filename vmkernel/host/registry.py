@@ -227,11 +227,11 @@ def _settle(settings: Settings, vm_id: str) -> bool:
 
 def _strays(directory: Path) -> list[ProcessIdentity]:
     """QEMUs of a runner that died between starting one and writing it down."""
-    needle = f"{directory}/"
+    name, below = f"vmkernel-{directory.name}", f"{directory}/"  # its -name, a path in it
     return [
         identity
         for pid in processes.own_processes()
-        if any(needle in word for word in processes.arguments(pid))
+        if any(word == name or below in word for word in processes.arguments(pid))
         and (identity := processes.identify(pid))
     ]
 

@@ -34,7 +34,7 @@ async def serve(
     early: list[Request] = []
     handler = early.append
     try:
-        sockets = Sockets(connection_file, lambda request: handler(request))
+        sockets = Sockets(connection_file, lambda request: handler(request))  # noqa: PLW0108 - it changes
     except VmError as error:
         log.critical("%s", error.explain())
         if begun is not None:

@@ -9,6 +9,7 @@ jupyter_client's Session would each cost more at start than the rest of this mod
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -138,7 +139,7 @@ class Sockets:
         if sock is None:  # closed
             return
         for _ in range(64):
-            if not sock.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+            if not _incoming(sock):
                 if name == "iopub" and self._backlog:
                     self._flush_backlog()
                 return
@@ -158,7 +159,7 @@ class Sockets:
     def drain(self, channel: str) -> None:
         """Take in everything that has arrived on ``channel`` by now."""
         sock = self._sockets[channel]
-        while sock.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while _incoming(sock):
             request = self._parse(channel, sock.recv_multipart(zmq.NOBLOCK, copy=True))
             if request is not None:
                 self._on_request(request)
@@ -280,16 +281,12 @@ class Sockets:
         channel: str = "",
     ) -> str:
         """Answer a request on its channel (or another, for stdin); the message's id."""
-        message, msg_id = self._message(
-            msg_type, content, request.raw[0], metadata or {}, buffers
-        )
+        message, msg_id = self._message(msg_type, content, request.raw[0], metadata or {}, buffers)
         sock = self._sockets.get(channel or request.channel)
         if sock is None:  # closed
             return msg_id
-        try:
+        with contextlib.suppress(zmq.ZMQError):  # a client that is gone: it has no heir
             sock.send_multipart([*request.idents, *message], zmq.NOBLOCK, copy=True)
-        except zmq.ZMQError:
-            pass  # the client is gone, and nobody else may have its answer
         self._look_again(channel or request.channel)
         return msg_id
 
@@ -298,7 +295,7 @@ class Sockets:
         ZMQ_FD): look, or it would lie there until the next message.
         """
         sock = self._sockets.get(name)
-        if sock is not None and sock.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        if sock is not None and _incoming(sock):
             self._loop.call_soon(self._readable, name)
 
     def status(self, state: str, parent: bytes = b"{}") -> None:
@@ -312,6 +309,11 @@ class Sockets:
             self._loop.remove_reader(sock.FD)
             sock.close()
         self._context.term()
+
+
+def _incoming(sock: zmq.Socket[bytes]) -> bool:
+    """Whether a message waits to be received."""
+    return bool(int(sock.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
 
 
 def _read_connection_file(path: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ NO_REPLY = frozenset(("comm_open", "comm_msg", "comm_close"))
 _EXECUTE = "execute_request"
 
 
-class Interrupted(Exception):
+class InterruptedWait(Exception):  # noqa: N818 - no error, a wish
     """The user interrupted what the wrapper was waiting for."""
 
 
@@ -155,7 +155,7 @@ class Wrapper:
         else:
             try:
                 await self._serve_by_guest(request)
-            except Interrupted:
+            except InterruptedWait:
                 self._fail(request, local.interrupted())
 
     async def _guest_soon(self) -> bool:
@@ -177,7 +177,7 @@ class Wrapper:
             except asyncio.CancelledError:
                 if self._exit.done():
                     raise  # it is us who are cancelled: shutdown
-                raise Interrupted from None
+                raise InterruptedWait from None
             finally:
                 self._waiting = None
         if visible:
@@ -238,11 +238,13 @@ class Wrapper:
 
     def _abort_queued(self, request: Request) -> None:
         """After an error: the execute requests that have arrived by now are not run."""
-        if request.msg_type == _EXECUTE and not request.content.get("silent"):
-            if request.content.get("stop_on_error", True):
-                self.sockets.drain("shell")
-                for queued in self._queue:
-                    queued.aborted = queued.msg_type == _EXECUTE
+        content = request.content
+        if request.msg_type != _EXECUTE or content.get("silent"):
+            return
+        if content.get("stop_on_error", True):
+            self.sockets.drain("shell")
+            for queued in self._queue:
+                queued.aborted = queued.msg_type == _EXECUTE
 
     def _kernel_info(self) -> dict[str, Any]:
         supply = self.supply
@@ -326,9 +328,7 @@ class Wrapper:
         if request is None or message.parent_id != request.msg_id:
             log.warning("the guest answered what was not asked: %s", message.msg_type)
         elif message.channel == "stdin" and message.msg_type == "input_request":
-            msg_id = self.sockets.reply(
-                request, "input_request", message.content, channel="stdin"
-            )
+            msg_id = self.sockets.reply(request, "input_request", message.content, channel="stdin")
             self._input = (request, msg_id)
         elif (
             message.channel == "shell"
@@ -359,10 +359,11 @@ class Wrapper:
 
     def _on_iopub(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> None:
         if message.msg_type == "status":
-            done = self._done
-            if done is not None and not done.done() and self._current is not None:
-                if message.parent_id == self._current.msg_id:
-                    done.set_result(None)
+            done, current = self._done, self._current
+            if done is None or done.done() or current is None:
+                return
+            if message.parent_id == current.msg_id:
+                done.set_result(None)
         elif message.msg_type in IOPUB_TYPES:
             parent = self._parents.get(message.parent_id, b"{}")
             self.sockets.publish(

@@ -60,7 +60,7 @@ def encode(body: bytes, buffers: Sequence[Piece] = ()) -> list[Piece]:
         )
     if total <= MAX_FRAME:
         if not buffers:
-            return [_WORD.pack(total) + pieces[0] + body]  # type: ignore[operator]
+            return [_WORD.pack(total) + _WORD.pack(len(body)) + body]
         return [_WORD.pack(total), *pieces]
     return list(_fragments(pieces, total))
 

@@ -1,0 +1,1 @@
+"""One microVM: its command line, its process, its template, its life."""

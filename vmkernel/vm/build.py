@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,7 +246,7 @@ def _require_space(spec: Spec, directory: Path) -> None:
         raise TemplateError(
             f"the disk of {directory} has {free >> 20} MiB free; a VM template needs about "
             f"{need >> 20} MiB",
-            hint=f"free space there, or set VMKERNEL_CACHE_DIR to another disk",
+            hint="free space there, or set VMKERNEL_CACHE_DIR to another disk",
         )
 
 

@@ -53,10 +53,9 @@ def spawn(machine: Machine, vm_dir: Path, *, keep_fds: tuple[int, ...] = ()) -> 
     ``vm_dir`` exists and gets ``qemu.log``.  ``keep_fds`` are inherited too (the slot's
     lock).  From the main thread only (see vm.qemu).  Raises VmBootError.
     """
-    names = ("monitor", "kernel", "agent", "console")
-    pairs = [socket.socketpair() for _ in names]
-    theirs = {f"{name}_fd" if name in ("monitor", "console") else f"{name}_port_fd": pair[1].fileno()
-              for name, pair in zip(names, pairs, strict=True)}  # fmt: skip
+    fields = ("monitor_fd", "kernel_port_fd", "agent_port_fd", "console_fd")
+    pairs = [socket.socketpair() for _ in fields]
+    theirs = {field: pair[1].fileno() for field, pair in zip(fields, pairs, strict=True)}
     machine = msgspec.structs.replace(machine, **theirs)
     try:
         process = QemuProcess.spawn(
@@ -147,9 +146,7 @@ class Vm:
     async def wake(self, hostname: str, timeout: float) -> None:
         """Give a fresh clone its own time, entropy and name.  Raises VmGuestError."""
         await self.agent.call(
-            messages.Wake(
-                time_ns=time.time_ns(), entropy=os.urandom(64), hostname=hostname
-            ),
+            messages.Wake(time_ns=time.time_ns(), entropy=os.urandom(64), hostname=hostname),
             timeout,
         )
 

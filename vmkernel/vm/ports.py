@@ -178,7 +178,8 @@ class AgentPort:
                 f"the guest agent could not do {type(command).__name__}: {reply.error}",
                 hint="restart the kernel",
             )
-        return reply.result
+        result: dict[str, Any] = reply.result
+        return result
 
     def close(self) -> None:
         """Hang up."""

@@ -154,7 +154,7 @@ class Template:
 
         try:
             fd, path = tempfile.mkstemp(prefix="scratch-", dir=directory)
-            os.unlink(path)
+            Path(path).unlink()
             with open(self.directory / "scratch.qcow2", "rb") as source:
                 data = source.read()
             while data:
@@ -299,7 +299,7 @@ class _BuildLock:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(fd), os.stat(self._path)):
+            if os.path.samestat(os.fstat(fd), self._path.stat()):
                 self._fd, fd = fd, -1
                 return True
         except (BlockingIOError, FileNotFoundError):
