@@ -182,6 +182,13 @@ class TestStart:
         with pytest.raises(VmBootError):
             QemuProcess.spawn(["/no/such/qemu"], pass_fds=(), log_path=tmp_path / "log")
 
+    def test_a_closed_directory_on_the_path_is_passed_over(self, tmp_path: Path) -> None:
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0)
+        assert find_qemu("qemu-system-x86_64", f"{closed}:{PATH}") == find_qemu(
+            "qemu-system-x86_64", PATH
+        )
+
 
 class TestEnd:
     async def test_a_bad_option_ends_it_at_once_with_its_words(self, bench: Bench) -> None:

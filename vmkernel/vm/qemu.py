@@ -65,9 +65,10 @@ def find_qemu(name: str, search_path: str) -> str:
     if "/" in name:
         candidates = [Path(name).absolute()]
     else:
-        candidates = [Path(entry, name) for entry in search_path.split(":") if entry]
+        candidates = [Path(entry, name).absolute() for entry in search_path.split(":") if entry]
     for path in candidates:
-        if path.is_file() and os.access(path, os.X_OK):
+        # access first: Path.is_file raises for a directory on PATH that we may not enter.
+        if os.access(path, os.X_OK) and path.is_file():
             return str(path)
     raise VmBootError(
         f"QEMU was not found: no program {name!r}",
