@@ -113,19 +113,15 @@ class Monitor:
 
         Returns ``gone`` when QEMU hung up instead.
         """
-        async with asyncio.timeout(timeout):
-            gone = asyncio.ensure_future(self._wait_gone())
-            try:
-                while True:
-                    status = asyncio.ensure_future(self._migration.get())
-                    await asyncio.wait((gone, status), return_when=asyncio.FIRST_COMPLETED)
-                    if not status.done():
-                        status.cancel()
-                        return "gone"
-                    if status.result() in ("completed", "failed", "cancelled"):
-                        return status.result()
-            finally:
-                gone.cancel()
+        gone = asyncio.ensure_future(self._wait_gone())
+        last = asyncio.ensure_future(self._last_migration_status())
+        try:
+            async with asyncio.timeout(timeout):
+                await asyncio.wait((gone, last), return_when=asyncio.FIRST_COMPLETED)
+            return last.result() if last.done() else "gone"
+        finally:
+            gone.cancel()
+            last.cancel()
 
     async def close(self) -> None:
         """Hang up; errors of a connection that is gone already are nobody's business."""
@@ -135,6 +131,12 @@ class Monitor:
             self._up = False
             with contextlib.suppress(QMPError, OSError, EOFError):
                 await self._client.disconnect()
+
+    async def _last_migration_status(self) -> str:
+        while True:
+            status = await self._migration.get()
+            if status in ("completed", "failed", "cancelled"):
+                return status
 
     async def _wait_gone(self) -> None:
         from qemu.qmp import Runstate
