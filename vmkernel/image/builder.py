@@ -147,8 +147,10 @@ def _build(
     with tools.beside(compilers, env=environment):
         pass
     part("checking imports", 0.80, 0.85)
-    python.check_imports(interpreter, recipe, tools)
-    python.build_font_cache(interpreter, tree.root, tree.root / "home" / debian.USER, tools)
+    scratch = work / "home"
+    python.check_imports(interpreter, recipe, scratch, tools)
+    home = tree.root / "home" / debian.USER
+    python.build_font_cache(interpreter, tree.root, home, scratch, tools)
 
     part("kernel and initial RAM disk", 0.85, 0.88)
     shutil.copyfile(tree.kernel, image / store.KERNEL)

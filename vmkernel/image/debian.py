@@ -191,7 +191,7 @@ def make_tree(
 def explain_failure(lines: Sequence[str]) -> str:
     """The words of apt or mmdebstrap that tell a person what was wrong: which download, why."""
     fetches = _unique(
-        f"{match[1]}: {match[2]}"
+        f"{match[1]}: {match[2].rstrip(': ')}"
         for line in lines
         if (match := re.match(r"[EW]: Failed to fetch (\S+)\s+(.*)", line))
     )

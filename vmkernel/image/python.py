@@ -222,24 +222,40 @@ def _renew_record(record: Path, packages: Path, bin_directory: Path) -> None:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def check_imports(python: GuestPython, recipe: Recipe, tools: Tools) -> None:
+def check_imports(python: GuestPython, recipe: Recipe, scratch: Path, tools: Tools) -> None:
     """Import what the recipe preloads, once, here: a mistake is told now, not at a VM's boot.
+
+    *scratch* stands for the home directory, which the modules may fill with caches of theirs.
 
     Raises:
         ImageError: a module of ``preload`` is not in the image, or does not import.
     """
-    for module in recipe.preload:
-        try:
-            tools.run(
-                python.argv("-c", f"import {module}"),
-                env=python.environment(HOME="/nonexistent", MPLBACKEND="agg", MPLCONFIGDIR=""),
-            )
-        except ToolFailed as error:
-            raise ImageError(
-                f"`import {module}` fails in the image: {error.lines[-1] if error.lines else ''}",
-                hint="correct `preload` or `python.requirements` in the recipe",
-                log_path=tools.log_path,
-            ) from error
+    if not recipe.preload:
+        return
+    module = ""
+
+    def note(line: str) -> None:
+        nonlocal module
+        module = line.removeprefix("importing ") if line.startswith("importing ") else module
+
+    code = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    print('importing', name, flush=True)\n"
+        "    importlib.import_module(name)\n"
+    )
+    try:
+        tools.run(
+            python.argv("-c", code, *recipe.preload),
+            env=python.environment(**_home(scratch), MPLBACKEND="agg"),
+            on_line=note,
+        )
+    except ToolFailed as error:
+        raise ImageError(
+            f"`import {module}` fails in the image: {error.lines[-1] if error.lines else ''}",
+            hint="correct `preload` or `python.requirements` in the recipe",
+            log_path=tools.log_path,
+        ) from error
 
 
 def compile_commands(
@@ -261,7 +277,9 @@ def compile_commands(
     ]  # fmt: skip
 
 
-def build_font_cache(python: GuestPython, root: Path, home: Path, tools: Tools) -> None:
+def build_font_cache(
+    python: GuestPython, root: Path, home: Path, scratch: Path, tools: Tools
+) -> None:
     """Write matplotlib's list of fonts, if it is in the image: seconds of the first plot."""
     if not (python.packages / "matplotlib/font_manager.py").exists():
         return
@@ -270,9 +288,19 @@ def build_font_cache(python: GuestPython, root: Path, home: Path, tools: Tools) 
     # Only time is lost without it, so what a future matplotlib does otherwise is no failure.
     tools.run(
         python.argv("-c", _FONT_CACHE, root, cache),
-        env=python.environment(HOME="/nonexistent", MPLCONFIGDIR=str(cache), MPLBACKEND="agg"),
+        env=python.environment(**_home(scratch), MPLBACKEND="agg"),
         allow_failure=True,
     )
+
+
+def _home(scratch: Path) -> dict[str, str]:
+    """A home directory for code of the guest that runs here: the builder's own is not its."""
+    scratch.mkdir(exist_ok=True)
+    return {
+        "HOME": str(scratch),
+        **{f"XDG_{name}_HOME": str(scratch) for name in ("CACHE", "CONFIG", "DATA", "STATE")},
+        "MPLCONFIGDIR": str(scratch),
+    }
 
 
 def distributions(python: GuestPython) -> list[str]:
