@@ -42,7 +42,7 @@ class Spawned(msgspec.Struct):
 
     def abandon(self) -> None:
         """Give up a QEMU that was never attached."""
-        self.process.kill()
+        self.process.abandon()
         for sock in (self.monitor, self.kernel, self.agent, self.console):
             sock.close()
 
