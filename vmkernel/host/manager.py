@@ -133,9 +133,9 @@ class VmStart:
         """Bring the VM up and wake it.  Raises VmError; cancelling it leaves nothing behind."""
         from vmkernel.host.guest import Guest
 
+        begun, self._begun = self._begun, None
         try:
-            started = self._begun or await self._start(progress)
-            self._begun = None
+            started = begun or await self._start(progress)
             self.template = started.template
             self.vm_id = started.record.vm_id
             self.accelerator = started.spawned.machine.accelerator
@@ -153,6 +153,8 @@ class VmStart:
                 self.settings,
                 msgspec.structs.replace(started.record, state=registry.VmState.RUNNING),
             )
+            if begun is not None:  # begin() was in a hurry; what it left undone delays nobody now
+                _tidy(self.settings)
         except BaseException as error:
             await self.close(keep_logs=isinstance(error, VmError))
             raise
@@ -177,8 +179,7 @@ class VmStart:
 
     async def _start(self, progress: Progress) -> Started:
         settings = self.settings
-        registry.sweep(settings)
-        prune_logs(settings)
+        _tidy(settings)
         record = _new_record(settings, self.label)
         self.vm_id = record.vm_id
         waiting = msgspec.structs.replace(record, state=registry.VmState.WAITING)
@@ -246,6 +247,12 @@ class _BootSlot:
 def log_dir(settings: Settings, vm_id: str) -> Path:
     """Where the VM's ``console.log`` and ``qemu.log`` lie."""
     return settings.state_dir / "logs" / vm_id
+
+
+def _tidy(settings: Settings) -> None:
+    """Clear away what killed runners left, at each start."""
+    registry.sweep(settings)
+    prune_logs(settings)
 
 
 def prune_logs(settings: Settings) -> None:
