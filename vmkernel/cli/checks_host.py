@@ -59,7 +59,10 @@ def _user_namespace_problem() -> str:
     """Why mmdebstrap's unshare mode will not work for this user; "" when it should."""
     import pwd
 
-    user = pwd.getpwuid(os.getuid()).pw_name
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:  # containers often run user ids without a name
+        user = str(os.getuid())
     for file in ("/etc/subuid", "/etc/subgid"):
         try:
             lines = Path(file).read_text().splitlines()
