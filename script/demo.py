@@ -40,7 +40,8 @@ class Screen:
     """The terminal: what is ours dimmed, what the notebook says plain and indented."""
 
     def __init__(self) -> None:
-        self.colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        self.terminal = sys.stdout.isatty()
+        self.colour = self.terminal and "NO_COLOR" not in os.environ
         self._at_line_start = True
 
     def note(self, text: str) -> None:
@@ -72,14 +73,19 @@ class Screen:
         """Text as a cell prints it, in pieces that need not end with a line."""
         if not self.colour:
             text = _ANSI.sub("", text)
-        for piece in text.splitlines(keepends=True):
-            if self._at_line_start:
-                sys.stdout.write("    ")
-            # After a carriage return the line is written anew: keep the indentation.
-            sys.stdout.write(piece.rstrip("\n").replace("\r", "\r    "))
-            self._at_line_start = piece.endswith("\n")
-            if self._at_line_start:
+        for piece in re.findall(r"[^\r\n]+|[\r\n]", text):
+            if piece == "\n":
                 sys.stdout.write("\n")
+                self._at_line_start = True
+            elif piece == "\r" and not self.terminal:
+                # A line that is written over itself becomes lines, where it goes to a file.
+                self._fresh_line()
+            elif piece == "\r":
+                sys.stdout.write("\r")
+                self._at_line_start = True
+            else:
+                sys.stdout.write(f"    {piece}" if self._at_line_start else piece)
+                self._at_line_start = False
         sys.stdout.flush()
 
     def block(self, text: str) -> None:
@@ -91,7 +97,7 @@ class Screen:
 
     def clear(self) -> None:
         """The cell takes back what it printed: on a terminal the line under way goes away."""
-        if not self._at_line_start and self.colour:
+        if not self._at_line_start and self.terminal:
             sys.stdout.write("\r\x1b[K")
             self._at_line_start = True
         self._fresh_line()
