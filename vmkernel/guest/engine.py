@@ -264,23 +264,44 @@ class Engine:
             self.kernel.do_complete("import os; os.pa", 16)
             self.kernel.do_inspect("print", 5)
             self.kernel.do_is_complete("for i in x:")
+            await self._rehearse_requests()
         gc.collect()
         gc.freeze()  # the collector must not write to memory that clones share
         on_ready({"status": "ok", **self.kernel.kernel_info})
 
+    async def _rehearse_requests(self) -> None:
+        """Serve a wake-up and a cell as they will come, so that decoders and caches are made."""
+        empty = msgspec.Raw(b"{}")
+        content = messages.WakeKernel(os.urandom(64), {}, "")
+        await self._wake(
+            _as_received("wake_request", empty, messages.encode_json(content)), reply=False
+        )
+        self._awake = False
+        cell = b'{"code":"1+1","silent":false,"store_history":false,"user_expressions":{}}'
+        header = msgspec.Raw(b'{"msg_id":"m","msg_type":"execute_request","session":"s"}')
+        with self._untraced():
+            await self._serve_jupyter(_as_received("execute_request", header, cell), [])
+
     async def _run_untraced(self, code: str) -> None:
-        """Run a cell as a request does, and leave no trace of it: its code paths are warm then."""
-        kernel = self.kernel
-        hook = kernel.shell.displayhook
+        """Run a cell as a request does: its code paths are warm then."""
+        self.kernel.set_parent([], {"header": {}}, "shell")
+        with self._untraced():
+            await self.kernel.do_execute(code, False, store_history=False)
+
+    @contextmanager
+    def _untraced(self) -> Iterator[None]:
+        """Nothing that runs in here reaches the host, or is left in the user's namespace."""
+        hook = self.kernel.shell.displayhook
         size, hook.cache_size = hook.cache_size, 0  # no _, no Out
-        kernel.set_parent([], {"header": {}}, "shell")
+        self.port.muted = True
         try:
-            await kernel.do_execute(code, False, store_history=False)
+            yield
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            hook.cache_size = size
             self.port.discard()
+            self.port.muted = False
+            hook.cache_size = size
             for name in ("last_type", "last_value", "last_traceback", "last_exc"):
                 vars(sys).pop(name, None)
 
@@ -355,7 +376,7 @@ class Engine:
             kernel.session.send("iopub", "status", {"execution_state": "idle"}, message)
             self.port.flush()
 
-    async def _wake(self, request: messages.ToGuest) -> None:
+    async def _wake(self, request: messages.ToGuest, *, reply: bool = True) -> None:
         content = messages.decode(bytes(request.content), messages.WakeKernel)
         reseed_process(content.entropy)
         os.environ.update(content.env)
@@ -372,10 +393,19 @@ class Engine:
         # Under emulation the first run of any code is slow: let it happen before the first cell
         await self._run_untraced("1+1")
         self._awake = True
+        if not reply:
+            return
         self.kernel.session.send(
             request.channel, "wake_reply", {"status": "ok"}, {"header": {"msg_id": request.msg_id}}
         )
         self.port.flush()
+
+
+def _as_received(msg_type: str, header: msgspec.Raw, content: bytes) -> messages.ToGuest:
+    """A request that went through encoder and decoder."""
+    empty = msgspec.Raw(b"{}")
+    request = messages.ToGuest("shell", "m", msg_type, header, empty, msgspec.Raw(content))
+    return messages.decode(messages.encode_json(request), messages.ToGuest)
 
 
 def prepare_user_site() -> None:

@@ -77,6 +77,8 @@ class Port:
         self._reader = frames.FrameReader()
         self._queued: list[frames.Piece] = []
         self._queued_bytes = 0
+        self.muted = False
+        """Write nothing: for rehearsals."""
 
     def resync(self, marker: bytes) -> None:
         """Begin a stream after a dead predecessor: send the marker, skip input up to it."""
@@ -98,7 +100,7 @@ class Port:
 
     def flush(self) -> None:
         """Write what is queued; waits while the host does not read (back-pressure)."""
-        if not self._queued:
+        if not self._queued or self.muted:
             return
         self._interrupts.hold()
         try:
