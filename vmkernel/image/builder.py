@@ -141,17 +141,12 @@ def _build(
     compilers = python.compile_commands(interpreter, tree.root, stdlib)
     with tools.beside(compilers, env=environment):
         python.install_packages(interpreter, tree.root, recipe, tree.pip_wheel, tools, advance)
-    part("bytecode", 0.60, 0.80)
+    python.check_preloads(interpreter, recipe, tools)
+    part("bytecode", 0.60, 0.85)
     packages = sorted(interpreter.packages.iterdir())
     compilers = python.compile_commands(interpreter, tree.root, packages)
     with tools.beside(compilers, env=environment):
         pass
-    part("checking imports", 0.80, 0.85)
-    scratch = work / "home"
-    python.check_imports(interpreter, recipe, scratch, tools)
-    home = tree.root / "home" / debian.USER
-    python.build_font_cache(interpreter, tree.root, home, scratch, tools)
-
     part("kernel and initial RAM disk", 0.85, 0.88)
     shutil.copyfile(tree.kernel, image / store.KERNEL)
     images = resource_dir("images")

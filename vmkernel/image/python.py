@@ -3,6 +3,12 @@
 The guest's ``python3`` is a program of another Debian, but the same processor's: started through
 the guest's own dynamic loader it runs on the host, as the user who builds, without a chroot. So
 pip sees the guest's Python version, platform tags and markers, and the bytecode is the guest's.
+
+No code of a package is run here: pip takes wheels only, which have no code to run at
+installation, and whatever starts the interpreter after that does so without ``site`` (-S), which
+would execute the packages' ``.pth`` files. That code is what the VM is there to keep away from
+the host; for the same reason nothing is imported to see whether it works.
+
 (The other way, ``pip --target --platform --python-version``, takes the markers of the wrong
 interpreter and puts scripts and data files in the wrong place.)
 """
@@ -24,21 +30,20 @@ from vmkernel.errors import ImageError
 from vmkernel.image.recipe import Recipe
 from vmkernel.image.tools import ToolFailed, Tools
 
-# Written without reading the fonts of the host: matplotlib looks in directories of the running
-# system, which is not the guest.
-_FONT_CACHE = """
+# Follows a dotted name through the directories of packages without importing any of them.
+_FIND_MODULES = """
 import sys
-root, cache = sys.argv[1:]
-import matplotlib.font_manager as fonts
-fonts.findSystemFonts = lambda fontpaths=None, fontext="ttf": (
-    fonts_of(fontpaths, fontext) if fontpaths else fonts_of([root + "/usr/share/fonts"], fontext))
-fonts_of = lambda paths, ext: sorted(
-    path for start in paths for path in fonts.list_fonts(start, fonts.get_fontext_synonyms(ext)))
-manager = fonts.FontManager()
-for entry in manager.ttflist + manager.afmlist:
-    if entry.fname.startswith(root):
-        object.__setattr__(entry, "fname", entry.fname[len(root):])
-fonts.json_dump(manager, f"{cache}/fontlist-v{fonts.FontManager.__version__}.json")
+from importlib.machinery import BuiltinImporter, PathFinder
+directory, *names = sys.argv[1:]
+for name in names:
+    path = [*sys.path, directory]
+    for part in name.split("."):
+        spec = PathFinder.find_spec(part, path) or BuiltinImporter.find_spec(part)
+        if spec is None:
+            sys.exit(f"no module {name}")
+        path = spec.submodule_search_locations
+        if path is None:  # no package: what it makes of itself (os.path) cannot be seen
+            break
 """
 
 
@@ -94,7 +99,7 @@ class GuestPython:
         """
         try:
             return subprocess.run(
-                self.argv("-c", "import platform; print(platform.python_version())"),
+                self.argv("-S", "-c", "import platform; print(platform.python_version())"),
                 env=self.environment(),
                 capture_output=True,
                 text=True,
@@ -222,37 +227,21 @@ def _renew_record(record: Path, packages: Path, bin_directory: Path) -> None:
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def check_imports(python: GuestPython, recipe: Recipe, scratch: Path, tools: Tools) -> None:
-    """Import what the recipe preloads, once, here: a mistake is told now, not at a VM's boot.
-
-    *scratch* stands for the home directory, which the modules may fill with caches of theirs.
+def check_preloads(python: GuestPython, recipe: Recipe, tools: Tools) -> None:
+    """Find what the recipe preloads in the tree: a slip is told now, not at a VM's boot.
 
     Raises:
-        ImageError: a module of ``preload`` is not in the image, or does not import.
+        ImageError: a module of ``preload`` is not in the image; names it.
     """
-    if not recipe.preload:
-        return
-    module = ""
-
-    def note(line: str) -> None:
-        nonlocal module
-        module = line.removeprefix("importing ") if line.startswith("importing ") else module
-
-    code = (
-        "import importlib, sys\n"
-        "for name in sys.argv[1:]:\n"
-        "    print('importing', name, flush=True)\n"
-        "    importlib.import_module(name)\n"
-    )
     try:
         tools.run(
-            python.argv("-c", code, *recipe.preload),
-            env=python.environment(**_home(scratch), MPLBACKEND="agg"),
-            on_line=note,
+            python.argv("-S", "-c", _FIND_MODULES, python.packages, *recipe.preload),
+            env=python.environment(),
         )
     except ToolFailed as error:
         raise ImageError(
-            f"`import {module}` fails in the image: {error.lines[-1] if error.lines else ''}",
+            f"The image has {error.lines[-1] if error.lines else 'not what is preloaded'}, "
+            "which the recipe preloads.",
             hint="correct `preload` or `python.requirements` in the recipe",
             log_path=tools.log_path,
         ) from error
@@ -270,37 +259,11 @@ def compile_commands(
     count = max(1, min(len(os.sched_getaffinity(0)), 4, len(directories)))
     return [
         python.argv(
-            "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
+            "-S", "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
             "-s", root, "-p", "/", *directories[start::count],
         )
         for start in range(count)
     ]  # fmt: skip
-
-
-def build_font_cache(
-    python: GuestPython, root: Path, home: Path, scratch: Path, tools: Tools
-) -> None:
-    """Write matplotlib's list of fonts, if it is in the image: seconds of the first plot."""
-    if not (python.packages / "matplotlib/font_manager.py").exists():
-        return
-    cache = home / ".cache/matplotlib"
-    cache.mkdir(parents=True, exist_ok=True)
-    # Only time is lost without it, so what a future matplotlib does otherwise is no failure.
-    tools.run(
-        python.argv("-c", _FONT_CACHE, root, cache),
-        env=python.environment(**_home(scratch), MPLBACKEND="agg"),
-        allow_failure=True,
-    )
-
-
-def _home(scratch: Path) -> dict[str, str]:
-    """A home directory for code of the guest that runs here: the builder's own is not its."""
-    scratch.mkdir(exist_ok=True)
-    return {
-        "HOME": str(scratch),
-        **{f"XDG_{name}_HOME": str(scratch) for name in ("CACHE", "CONFIG", "DATA", "STATE")},
-        "MPLCONFIGDIR": str(scratch),
-    }
 
 
 def distributions(python: GuestPython) -> list[str]:
