@@ -134,6 +134,12 @@ class VmStart:
         from vmkernel.host.guest import Guest
 
         begun, self._begun = self._begun, None
+        awake = False
+
+        def end(error: VmError) -> None:
+            if awake:  # until then the step that fails of it tells of it
+                on_end(error)
+
         try:
             started = begun or await self._start(progress)
             self.template = started.template
@@ -143,12 +149,13 @@ class VmStart:
                 started.spawned,
                 on_output=on_output,
                 on_kernel_death=on_kernel_death,
-                on_end=on_end,
+                on_end=end,
             )
             console = log_dir(self.settings, self.vm_id) / "console.log"
             await guest.vm.attach(console, self.settings.console_log_size << 20)
             await self._load(guest, started.state_fd)
             await guest.wake(env, "", self.settings.start_timeout)
+            awake = True
             registry.write_record(
                 self.settings,
                 msgspec.structs.replace(started.record, state=registry.VmState.RUNNING),
@@ -156,7 +163,14 @@ class VmStart:
             if begun is not None:  # begin() was in a hurry; what it left undone delays nobody now
                 _tidy(self.settings)
         except BaseException as error:
-            await self.close(keep_logs=isinstance(error, VmError))
+            failure = error
+            try:
+                if isinstance(error, VmError):
+                    failure = await self._explain(error)
+            finally:
+                await self.close(keep_logs=isinstance(error, VmError))
+            if failure is not error:
+                raise failure from error
             raise
         return guest
 
@@ -164,7 +178,18 @@ class VmStart:
         """End the VM, whatever state it is in, and remove its record.
 
         ``keep_logs`` when it failed: the newest logs of failed VMs stay in ``state_dir/logs``.
+        Goes to its end even when it is cancelled: nobody else would reap QEMU and the record.
         """
+        import asyncio
+
+        closing = asyncio.ensure_future(self._close(keep_logs))
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await asyncio.wait([closing])
+            raise
+
+    async def _close(self, keep_logs: bool) -> None:
         begun, self._begun = self._begun, None
         if begun is not None:
             begun.spawned.abandon()
@@ -209,6 +234,16 @@ class VmStart:
                 )
             return _spawn_clone(settings, spec, template, record, slot)
 
+    async def _explain(self, error: VmError) -> VmError:
+        """The error; with QEMU's state, its last words and the log's place, if they are missing."""
+        if self._guest is None or error.log_path is not None:
+            return error
+        vm = self._guest.vm
+        failure = await vm.failed(error.message, type(error))
+        if vm.process.returncode is None:  # QEMU is not to blame
+            failure.hint = error.hint
+        return failure
+
     async def _probe_kvm(self) -> None:
         from vmkernel.vm.build import prove_accelerator
 
@@ -218,12 +253,7 @@ class VmStart:
         from vmkernel.vm.monitor import load_state
 
         monitor = await guest.vm.monitor()
-        try:
-            await load_state(monitor, state_fd, timeout=self.settings.start_timeout)
-        except VmError as error:
-            failure = await guest.vm.failed(error.message, type(error))
-            failure.hint = error.hint
-            raise failure from error
+        await load_state(monitor, state_fd, timeout=self.settings.start_timeout)
 
 
 class _BootSlot:
