@@ -65,6 +65,8 @@ class GuestSupply:
         self._final = final
         self._start: VmStart | None = None
         self._starting: asyncio.Task[Guest] | None = None
+        self._replacing = False
+        self._ended = asyncio.Event()
         self._show: Show | None = None
         self._text = ""
         self._info: dict[str, Any] | None = None
@@ -83,6 +85,8 @@ class GuestSupply:
 
         ``show`` hears what is being waited for.  Raises VmError.
         """
+        if self.current is not None and not self.current.vm.kernel.connected:
+            await self._ended.wait()  # it is dying: _on_end will tell how, then there is a new one
         if self.current is not None:
             await self._keep_time(self.current)
             return self.current
@@ -95,7 +99,9 @@ class GuestSupply:
             if self._text:
                 show(self._text)
         try:
-            if show is None:  # a question that must not end the start when it gives up
+            # A question from an editor must not end the start when it gives up; nor an interrupt
+            # the replacement of a kernel, whose VM holds the user's files.
+            if show is None or self._replacing:
                 return await asyncio.shield(starting)
             return await starting
         finally:
@@ -107,6 +113,7 @@ class GuestSupply:
         """The guest kernel is gone: put a new one into the same VM."""
         guest, self.current = self.current, None
         if guest is not None and self._starting is None:
+            self._replacing = True
             self._starting = asyncio.create_task(self._replace_kernel(guest))
             self._starting.add_done_callback(_seen)
 
@@ -161,7 +168,11 @@ class GuestSupply:
             return {"hostname": "no VM", "pid": os.getpid()}
         from vmkernel.protocol import messages
 
-        stats = await self.current.vm.agent.call(messages.Stats())
+        try:
+            stats = await self.current.vm.agent.call(messages.Stats(), timeout=3.0)
+        except VmError as error:
+            log.warning("%s", error)
+            return {"hostname": "the VM does not answer", "pid": os.getpid()}
         used = int(stats["memory_total"]) - int(stats["memory_available"])
         return {
             "hostname": self.current.vm.machine.vm_id,
@@ -188,6 +199,7 @@ class GuestSupply:
             self._info = begun.template.manifest.kernel_info
         start = self._start = VmStart(self._settings, self._label, begun)
         self.failed = None
+        self._text = ""
         try:
             guest = await start.guest(
                 on_output=self._owner.on_output,
@@ -209,6 +221,7 @@ class GuestSupply:
         if start.warning:
             log.warning(start.warning)
         self.current = guest
+        self._ended.clear()
         self._clock = time.time() - time.monotonic()
         self._text = ""
         return guest
@@ -220,12 +233,18 @@ class GuestSupply:
             await guest.restart_kernel(
                 guest_environment(dict(os.environ)), "", self._settings.boot_timeout
             )
-        except BaseException:
+        except BaseException as error:
             # This VM cannot carry a kernel any more: the next one who asks gets a new VM.
             start, self._start = self._start, None
             if start is not None:
                 await start.close(keep_logs=True)
+            if isinstance(error, VmError):
+                error.message += (
+                    ". The VM was given up, its files are lost; the next cell gets a new one"
+                )
             raise
+        finally:
+            self._replacing = False
         self.current = guest
         return guest
 
@@ -247,6 +266,7 @@ class GuestSupply:
         if self._start is not start:
             return
         self.current = None
+        self._ended.set()
         self._start = None
         if self._starting is not None and self._starting.done():
             self._starting = None

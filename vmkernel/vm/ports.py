@@ -53,6 +53,11 @@ class Port(asyncio.Protocol):
         await loop.create_connection(lambda: port, sock=sock)
         return port
 
+    @property
+    def connected(self) -> bool:
+        """Whether :meth:`send` can be called: the peer neither hung up nor broke the protocol."""
+        return self._transport is not None and not self._broken
+
     def send(self, body: bytes, buffers: Sequence[frames.Piece] = ()) -> None:
         """Write a message; what the guest does not take yet is kept.  See :meth:`drain`.
 
