@@ -1,0 +1,163 @@
+"""A host of a test's own: its own runtime, state and cache directory, and what lives there.
+
+QEMU knows nothing of the directory in which its VM is recorded, so the cache directory, which is on
+its command line, is a link of the host's own to the real one: by that a VM of this host is told
+from all others in the process table, whoever its parent is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import stat
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from vmkernel.host.capacity import Statistics, vm_slots
+from vmkernel.settings import Settings, load_settings
+
+MEMORY = "512M"
+"""Of every VM on the small image: one template serves them all."""
+
+_numbers = itertools.count()
+
+
+class VmHost:
+    """Directories, environment, and a look at the process table."""
+
+    def __init__(self, session_dir: Path, *, own_cache: bool = False) -> None:
+        """``own_cache``: start without templates; else those of the test run's user are used."""
+        self.directory = session_dir / f"h{next(_numbers)}"  # short: sockets lie in it
+        self.directory.mkdir()
+        self.runtime_dir = self.directory / "run"
+        self.state_dir = self.directory / "state"
+        self.cache_dir = self.directory / "cache"
+        if own_cache:
+            self.cache_dir.mkdir()
+        else:
+            real = load_settings().cache_dir
+            real.mkdir(parents=True, exist_ok=True)
+            self.cache_dir.symlink_to(real)
+        self.env = {
+            "VMKERNEL_RUNTIME_DIR": str(self.runtime_dir),
+            "VMKERNEL_STATE_DIR": str(self.state_dir),
+            "VMKERNEL_CACHE_DIR": str(self.cache_dir),
+            "VMKERNEL_RECIPE": "minimal",
+            "VMKERNEL_MEMORY": MEMORY,
+        }
+
+    def settings(self, **changes: str) -> Settings:
+        """The settings of a process in this host's environment."""
+        environ = {**os.environ, **self.env, **changes}
+        return load_settings(environ=environ)
+
+    def slots(self) -> Statistics:
+        """The VM slots now."""
+        return vm_slots(self.settings()).statistics()
+
+    def qemus(self) -> list[int]:
+        """The pids of this host's living QEMUs, those of templates included."""
+        return [pid for pid in _pids() if self._is_ours(_command_line(pid))]
+
+    def _is_ours(self, command_line: bytes) -> bool:
+        # From the first exec on: setpriv and the shell carry QEMU's arguments, too.
+        return b"-name\0vmkernel-" in command_line and self._mark in command_line
+
+    @property
+    def _mark(self) -> bytes:
+        return f"{self.cache_dir}/".encode()
+
+    def sockets(self) -> list[Path]:
+        """Every socket and pipe in this host's directories."""
+        kinds = (stat.S_ISSOCK, stat.S_ISFIFO)
+        found = [path for path in self.directory.rglob("*") if not path.is_symlink()]
+        return [path for path in found if any(kind(path.stat().st_mode) for kind in kinds)]
+
+    def records(self) -> list[str]:
+        """What lies in the record of VMs, half-made and half-removed ones included."""
+        vms = self.runtime_dir / "vms"
+        return sorted(path.name for path in vms.iterdir()) if vms.is_dir() else []
+
+    def left(self) -> list[str]:
+        """What no VM may leave at its end: processes, sockets, slots. Empty when all is well."""
+        slots = self.slots()
+        return [
+            *(f"QEMU {pid}" for pid in self.qemus()),
+            *(f"socket {path}" for path in self.sockets()),
+            *([f"{slots}"] if slots.used or slots.waiting else []),
+        ]
+
+    def clear(self) -> None:
+        """End what is left, by process id."""
+        for pid in self.qemus():
+            psutil.Process(pid).kill()
+
+
+class Sampler:
+    """``with Sampler(host) as sampler:`` how many VMs ran at once, looked up every few ms."""
+
+    def __init__(self, host: VmHost, interval: float = 0.003) -> None:
+        self.most = 0
+        self.samples = 0
+        self.seen: set[int] = set()
+        self._host = host
+        self._interval = interval
+        self._end = threading.Event()
+        self._others: set[int] = set()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._end.wait(self._interval):
+            now = [pid for pid in _pids() if self._is_vm(pid)]
+            self.seen.update(now)
+            self.most = max(self.most, len(now))
+            self.samples += 1
+
+    def _is_vm(self, pid: int) -> bool:
+        if pid in self._others:  # looked at before: reading all of them each time is too slow
+            return False
+        line = _command_line(pid)
+        if self._host._is_ours(line):
+            return True
+        if line and b"vmkernel" not in line:  # one that does may be a wrapper's child before exec
+            self._others.add(pid)
+        return False
+
+
+def _pids() -> Iterator[int]:
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            if entry.name.isdigit():
+                yield int(entry.name)
+
+
+def _command_line(pid: int) -> bytes:
+    """Empty for one that is gone, and for a zombie, which holds nothing any more."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return file.read()
+    except OSError:
+        return b""
+
+
+def seconds_until(condition: object, limit: float) -> float:
+    """How long it took until ``condition()`` held; ``limit`` when it did not."""
+    assert callable(condition)
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > limit:
+            return limit
+        time.sleep(0.005)
+    return time.monotonic() - began
