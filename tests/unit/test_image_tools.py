@@ -29,6 +29,15 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
+def ends(pid: int) -> bool:
+    """Whether the process ends in a moment: SIGKILL's effect on a grandchild is not waited for."""
+    for _ in range(100):
+        if not alive(pid):
+            return True
+        time.sleep(0.02)
+    return False
+
+
 def wait_for(path: Path) -> int:
     for _ in range(200):
         if path.exists() and path.read_text().strip():
@@ -69,7 +78,7 @@ def test_an_exception_ends_the_tool_and_its_children(tools: Tools, tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         tools.run(["sh", "-c", f"sleep 60 & echo $! >{child}; echo go; wait"], on_line=interrupt)
-    assert not alive(wait_for(child))
+    assert ends(wait_for(child))
 
 
 def test_helpers_beside_end_with_the_body(tools: Tools, tmp_path: Path) -> None:
@@ -82,10 +91,21 @@ def test_helpers_beside_end_with_the_body(tools: Tools, tmp_path: Path) -> None:
 
     with pytest.raises(KeyError):
         body()
-    assert not alive(wait_for(tmp_path / "pid"))
+    assert ends(wait_for(tmp_path / "pid"))
     with tools.beside([["sh", "-c", f"sleep 0.3; echo done >{tmp_path}/done"]]):
         pass
     assert (tmp_path / "done").exists()
+
+
+def test_helpers_beside_tell_of_a_full_disk(tools: Tools) -> None:
+    full = "print(OSError(28, 'No space left on device'))"
+
+    def body() -> None:
+        with tools.beside([[sys.executable, "-c", full]]):
+            pass
+
+    with pytest.raises(OSError, match="No space left"):
+        body()
 
 
 def test_a_killed_builder_takes_its_tool_with_it(tmp_path: Path) -> None:
@@ -99,11 +119,7 @@ def test_a_killed_builder_takes_its_tool_with_it(tmp_path: Path) -> None:
         pid = wait_for(tmp_path / "pid")
         builder.send_signal(signal.SIGKILL)
         builder.wait()
-    for _ in range(100):
-        if not alive(pid):
-            break
-        time.sleep(0.05)
-    assert not alive(pid)
+    assert ends(pid)
 
 
 def test_missing_tools_are_named_with_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -386,6 +386,20 @@ def processes_with(word: str) -> list[str]:
     return found
 
 
+def test_a_disk_without_room_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    result = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=50m none "$1" && shift && "$@"',
+         "sh", tmp_path, sys.executable, "-c", MAIN, "image", "build", "minimal"],
+        env={**os.environ, "VMKERNEL_IMAGES_DIR": str(tmp_path)},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert f"MiB free in {tmp_path}; there are 50 MiB" in result.stderr
+    assert "VMKERNEL_IMAGES_DIR" in result.stderr
+
+
 # ---------------------------------------------------------------- the first program of the guest
 
 

@@ -125,13 +125,22 @@ class Tools:
 
         For helpers whose failure does not matter: they talk to the log only, and their exit code
         is not looked at. When the body raises they are ended.
+
+        Raises:
+            ImageError: a program is missing.
+            OSError: one ran out of disk space.
         """
         running: list[subprocess.Popen[str]] = []
+        said_before = self.log_path.stat().st_size
         try:
             running.extend(self._start(argv, env, self._log.fileno()) for argv in commands)
             yield
             for process in running:
                 process.wait()
+            with self.log_path.open("rb") as log:
+                log.seek(said_before)
+                if os.strerror(errno.ENOSPC).encode() in log.read():
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             for process in running:
                 _end(process)
@@ -171,12 +180,18 @@ class Tools:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
+    """End a tool that still runs, with all that it started; SIGTERM lets it clean up first."""
     if process.poll() is None:
-        for number, seconds in ((signal.SIGTERM, 20.0), (signal.SIGKILL, 5.0)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
-                break
+        _signal_group(process, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20.0)
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
     if process.stdout is not None:
         process.stdout.close()
+
+
+def _signal_group(process: subprocess.Popen[str], number: int) -> None:
+    # The group's id stays taken while anybody is in it, so this reaches nobody else's processes.
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
