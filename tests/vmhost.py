@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import stat
 import threading
 import time
@@ -22,6 +23,9 @@ from vmkernel.settings import Settings, load_settings
 
 MEMORY = "512M"
 """Of every VM on the small image: one template serves them all."""
+
+FACTS = ("accelerator.json", "host.json")
+"""What a start finds out about the machine, and need not be found out for each test's host."""
 
 _numbers = itertools.count()
 
@@ -42,6 +46,11 @@ class VmHost:
             real = load_settings().cache_dir
             real.mkdir(parents=True, exist_ok=True)
             self.cache_dir.symlink_to(real)
+        self.state_dir.mkdir(mode=0o700)
+        for name in FACTS:
+            known = load_settings().state_dir / name
+            if known.is_file():
+                shutil.copy(known, self.state_dir)
         self.env = {
             "VMKERNEL_RUNTIME_DIR": str(self.runtime_dir),
             "VMKERNEL_STATE_DIR": str(self.state_dir),
@@ -49,6 +58,13 @@ class VmHost:
             "VMKERNEL_RECIPE": "minimal",
             "VMKERNEL_MEMORY": MEMORY,
         }
+
+    def share_facts(self) -> None:
+        """Let hosts that are made later know what was found out on this one."""
+        place = load_settings().state_dir
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name in FACTS:
+            shutil.copy(self.state_dir / name, place)
 
     def settings(self, **changes: str) -> Settings:
         """The settings of a process in this host's environment."""

@@ -30,6 +30,7 @@ def spec(minimal_image: str, session_dir: Path) -> str:
         kernel = Kernel("vmsandbox-faults", env=host.env)
         try:
             kernel.run("", seconds=400)
+            host.share_facts()
         finally:
             kernel.shut_down()
     return "vmsandbox-faults"
