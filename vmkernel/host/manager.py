@@ -232,6 +232,7 @@ class VmStart:
                     ),
                     _BootSlot(settings, progress),
                 )
+            progress("starting the VM")
             return _spawn_clone(settings, spec, template, record, slot)
 
     async def _explain(self, error: VmError) -> VmError:
