@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
+from vmkernel import trace
 from vmkernel.errors import SettingsError
 from vmkernel.values import (
     absolute_path,
@@ -250,6 +251,8 @@ def load_settings_with_sources(
     for name, value in (overrides or {}).items():
         take(name.replace("-", "_"), value, f"kernelspec option --{name.replace('_', '-')}")
     for variable, value in environ.items():
+        if variable == trace.VARIABLE:  # for developers; it changes nothing
+            continue
         if variable.startswith(ENVIRONMENT_PREFIX) and value:
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             take(name, value, f"environment variable {variable}")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from vmkernel import trace
 from vmkernel.errors import VmBootError, VmError
 from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
@@ -154,8 +155,10 @@ class VmStart:
             console = log_dir(self.settings, self.vm_id) / "console.log"
             await guest.vm.attach(console, self.settings.console_log_size << 20)
             await self._load(guest, started.state_fd)
+            trace.mark("state loaded")
             await guest.wake(env, "", self.settings.start_timeout)
             awake = True
+            trace.mark("guest awake")
             registry.write_record(
                 self.settings,
                 msgspec.structs.replace(started.record, state=registry.VmState.RUNNING),

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from vmkernel import trace
 from vmkernel.errors import VmError
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def begin(settings: Settings, kernel_id: str) -> Started | None:
 
 def main() -> NoReturn:
     """Run the kernel; never returns."""
+    trace.begin(os.environ.get(trace.VARIABLE, ""))
+    trace.mark("interpreter up")
     from vmkernel.settings import Settings, load_settings
 
     # Until the event loop has its handler, an interrupt has nothing to interrupt but the start.
@@ -80,14 +83,17 @@ def main() -> NoReturn:
         sys.exit(error.explain())
     try:
         settings = load_settings(overrides)
+        trace.mark("settings read")
         begun = begin(settings, _kernel_id(connection_file))
     except VmError as error:
         failure = error
         settings = Settings()
+    trace.mark("QEMU started")
     import asyncio
 
     from vmkernel.kernel.serve import serve
 
+    trace.mark("everything imported")
     status = asyncio.run(serve(settings, connection_file, begun, failure))
     sys.stdout.flush()
     sys.stderr.flush()

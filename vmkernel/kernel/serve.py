@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vmkernel import trace
 from vmkernel.errors import VmError
 from vmkernel.kernel.sockets import Request, Sockets
 from vmkernel.kernel.wrapper import Wrapper
@@ -40,6 +41,7 @@ async def serve(
         if begun is not None:
             begun.spawned.abandon()
         return 1
+    trace.mark("sockets bound")
     kernel_id = connection_file.stem.removeprefix("kernel-")
     wrapper = Wrapper(settings, sockets, kernel_id, begun, failure)
     handler = wrapper.on_request

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from vmkernel import trace
 from vmkernel.errors import VmError, VmGuestError
 from vmkernel.kernel import local
 from vmkernel.kernel.progress import Notice
@@ -180,6 +181,7 @@ class Wrapper:
                 raise InterruptedWait from None
             finally:
                 self._waiting = None
+        trace.mark("first request for the guest")
         if visible:
             self._tell_news(request)
         if self._interrupting is not None:

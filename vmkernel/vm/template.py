@@ -16,7 +16,6 @@ show the builder's progress.  A template that is damaged is built again, never r
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import hashlib
 import json
@@ -286,6 +285,8 @@ class _BuildLock:
         self._fd = -1
 
     async def __aenter__(self) -> None:
+        import asyncio  # not before a VM that has its template was started
+
         while not self._try():
             self._progress(*_read_progress(self._directory, self._name))
             await asyncio.sleep(0.25)
