@@ -7,11 +7,13 @@ accelerator works (:func:`prove_accelerator` boots the same machine to the agent
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import shutil
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,8 @@ from vmkernel.vm.template import (
 if TYPE_CHECKING:
     from vmkernel.settings import Settings
 
+# Seconds after which a probe's directory, which is used for 15, was left behind by a killed one.
+_PROBE_IS_DEAD = 3600.0
 # Where a boot under emulation spends its time (measured, datascience recipe): shares of the bar.
 _AT_HELLO = 0.35
 _AT_READY = 0.9
@@ -65,8 +69,8 @@ async def build_template(
         with disk_errors(directory):
             tell("writing the template", 0.93)
             manifest = _finish(spec, target.name, work, kernel_info)
-            if target.exists():
-                shutil.rmtree(target)  # damaged; running clones keep their open files
+            if target.exists():  # damaged; running clones keep their open files
+                _remove(target.rename(work.with_name(f"{work.name}-old")))
             work.rename(target)
         _prune(settings, keep=target)
         return Template(target, manifest)
@@ -81,6 +85,10 @@ async def prove_accelerator(spec: Spec, settings: Settings, timeout: float) -> N
 
     with disk_errors(settings.cache_dir):
         settings.cache_dir.mkdir(parents=True, exist_ok=True)
+        for left in settings.cache_dir.glob(".probe-*"):
+            with suppress(FileNotFoundError):  # another process removes it, too
+                if time.time() - left.stat().st_mtime > _PROBE_IS_DEAD:
+                    _remove(left)
         work = Path(tempfile.mkdtemp(prefix=".probe-", dir=settings.cache_dir))
     try:
         with disk_errors(settings.cache_dir):
@@ -341,9 +349,33 @@ def _finish(spec: Spec, key: str, work: Path, kernel_info: dict[str, Any]) -> Ma
 
 
 def _sweep(directory: Path, key: str) -> None:
-    """Remove what dead builders of this key left; we hold its lock, so none is alive."""
-    for left in directory.glob(f".tmp-{key}-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove what dead builders left: of this key, whose lock we hold, and of any other."""
+    for left in directory.glob(".tmp-*"):
+        other = left.name.split("-")[1]
+        if other == key:
+            _remove(left)
+            continue
+        lock = directory / f".lock-{other}"
+        try:
+            fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(left)
+            (directory / f".progress-{other}").unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)  # by its holder only: see template._BuildLock
+        except OSError:
+            continue  # someone builds it
+        finally:
+            os.close(fd)
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory of ours, also one that was made unreadable."""
+    with suppress(OSError):
+        directory.chmod(0o700)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _prune(settings: Settings, keep: Path) -> None:
