@@ -167,11 +167,16 @@ class VmStart:
                 _tidy(self.settings)
         except BaseException as error:
             failure = error
+            if isinstance(error, OSError) and not isinstance(error, VmError):
+                failure = VmBootError(
+                    f"the VM could not be started: {error}",
+                    hint="`vmkernel doctor` looks at disk space and permissions",
+                )
             try:
-                if isinstance(error, VmError):
-                    failure = await self._explain(error)
+                if isinstance(failure, VmError):
+                    failure = await self._explain(failure)
             finally:
-                await self.close(keep_logs=isinstance(error, VmError))
+                await self.close(keep_logs=isinstance(failure, VmError))
             if failure is not error:
                 raise failure from error
             raise
@@ -359,6 +364,10 @@ def _spawn_clone(
         qemu_start=qemu.start_time if qemu else 0,
         console_log=str(directory / "console.log"),
     )
-    registry.write_record(settings, record)
+    try:
+        registry.write_record(settings, record)
+    except BaseException:
+        spawned.abandon()  # it holds the slot, and nobody would ever end it
+        raise
     slot.handed_over()
     return Started(record, template, spawned, state)

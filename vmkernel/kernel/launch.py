@@ -63,7 +63,7 @@ def begin(settings: Settings, kernel_id: str) -> Started | None:
 
     try:
         return begin_vm(settings, Label(kernel_id, kernel_id))
-    except VmError:
+    except (VmError, OSError):
         return None
 
 

@@ -151,6 +151,7 @@ class Template:
         """
         from vmkernel.errors import VmOverlayError
 
+        fd = -1
         try:
             fd, path = tempfile.mkstemp(prefix="scratch-", dir=directory)
             Path(path).unlink()
@@ -159,6 +160,8 @@ class Template:
             while data:
                 data = data[os.write(fd, data) :]
         except OSError as error:
+            if fd >= 0:
+                os.close(fd)  # a kernel on a full disk tries again and again
             raise VmOverlayError(
                 f"the VM's scratch disk could not be made in {directory}: {error}",
                 hint=f"free some space on the disk of {directory}, or set VMKERNEL_CACHE_DIR",
