@@ -20,7 +20,7 @@ GIB = 1024**3
 _IMAGE_BYTES = 2 * GIB  # what building one needs for a while
 _BUILD_TOOLS = {"mmdebstrap": "mmdebstrap", "mkfs.erofs": "erofs-utils", "newuidmap": "uidmap",
                 "dpkg-deb": "dpkg", "tar": "tar"}  # fmt: skip
-_START_TOOLS = {"mkfs.ext4": "e2fsprogs"}
+_START_TOOLS = {"mkfs.ext4": "e2fsprogs", "qemu-img": "qemu-utils", "cpio": "cpio"}
 
 
 class Check(NamedTuple):
