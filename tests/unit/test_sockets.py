@@ -91,7 +91,7 @@ async def test_a_signed_request_arrives_and_its_answer_finds_the_client(kernel: 
         [b"no delimiter"],
         [DELIMITER],
         [DELIMITER, b"", b"{}", b"{}"],
-        signed("x")[:1] + [b""] + signed("x")[2:],
+        [*signed("x")[:1], b"", *signed("x")[2:]],
     ],
     ids=["wrong key", "no delimiter", "nothing else", "too few parts", "no signature"],
 )

@@ -14,7 +14,6 @@ import faulthandler
 import functools
 import gc
 import inspect
-import json
 import logging
 import os
 import signal
@@ -33,7 +32,6 @@ os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning that h
 import ipykernel.debugger
 import msgspec
 from ipykernel.ipkernel import IPythonKernel
-from ipykernel.jsonutil import json_clean
 from jupyter_client.session import Session, extract_header, json_default
 from traitlets.config import Config
 
@@ -119,9 +117,23 @@ def encode_body(body: list[Any]) -> bytes:
     try:
         return _encode(body)
     except (TypeError, ValueError, UnicodeEncodeError, OverflowError):
-        # Lone surrogates, keys that are no strings, numpy scalars: as jupyter_client does.
-        text = json.dumps(json_clean(body), default=json_default, ensure_ascii=False)
-        return text.encode("utf-8", errors="backslashreplace")
+        return _encode(_clean(body))
+
+
+def _clean(value: Any) -> Any:
+    """``value`` as JSON can hold it: lone surrogates escaped, keys that are no strings as text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", errors="backslashreplace").decode()
+    if value is None or isinstance(value, int | float):
+        return value
+    if isinstance(value, dict):
+        return {_clean(str(key)): _clean(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_clean(item) for item in value]
+    try:
+        return _clean(json_default(value))
+    except TypeError:
+        return _clean(repr(value))
 
 
 class PortKernel(IPythonKernel):
@@ -209,7 +221,8 @@ class Engine:
         config.IPKernelApp.connection_file = ""
         log = logging.getLogger("vmkernel")
         log.addHandler(logging.NullHandler())
-        self.kernel = PortKernel(session=session, config=config, log=log)
+        # The instance of its class: comms and libraries look for it there
+        self.kernel = PortKernel.instance(session=session, config=config, log=log)
         self.kernel.iopub_socket = "iopub"
         self.kernel.interrupts = self.interrupts
         self.kernel.port = self.port

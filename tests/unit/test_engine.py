@@ -1,0 +1,293 @@
+"""The Python engine over a socket pair: what it says to the host, message by message.
+
+The same engine is tested in real VMs in tests/jupyter; here its rules are shown without one.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from vmkernel.protocol import frames, messages
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Engine:
+    """The host's end."""
+
+    def __init__(self) -> None:
+        self.sock, theirs = socket.socketpair()
+        self.sock.settimeout(30)
+        child = Path(__file__).with_name("engine_child.py")
+        self.process = subprocess.Popen(
+            [sys.executable, str(child), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, cwd=ROOT,
+        )  # fmt: skip
+        theirs.close()
+        assert self.process.stdout is not None
+        self.info = json.loads(self.process.stdout.readline())
+        self.reader = frames.FrameReader()
+        self.waiting: list[messages.FromGuest] = []
+        self.count = 0
+
+    def send(self, msg_type: str, content: dict[str, Any], channel: str = "shell") -> str:
+        self.count += 1
+        msg_id = f"m{self.count}"
+        header = {"msg_id": msg_id, "msg_type": msg_type, "session": "s", "username": "u"}
+        empty = msgspec.Raw(b"{}")
+        body = messages.encode_json(
+            messages.ToGuest(
+                channel,  # type: ignore[arg-type]
+                msg_id, msg_type, msgspec.Raw(json.dumps(header).encode()), empty,
+                msgspec.Raw(msgspec.json.encode(content)),
+            )
+        )  # fmt: skip
+        self.sock.sendall(b"".join(frames.encode(body)))
+        return msg_id
+
+    def receive(self) -> messages.FromGuest:
+        while not self.waiting:
+            for message in self.reader.feed(self.sock.recv(1 << 18)):
+                body, _ = frames.split(message)
+                self.waiting.append(messages.decode(body, messages.FromGuest))
+        return self.waiting.pop(0)
+
+    def until_idle(self, msg_id: str) -> list[messages.FromGuest]:
+        got = []
+        while True:
+            got.append(self.receive())
+            if got[-1].msg_type == "status" and got[-1].parent_id == msg_id:
+                return got
+
+    def cell(self, code: str, **options: Any) -> str:
+        content = {"code": code, "silent": False, "store_history": True, "allow_stdin": True}
+        return self.send("execute_request", {**content, **options})
+
+    def run(self, code: str, **options: Any) -> list[messages.FromGuest]:
+        return self.until_idle(self.cell(code, **options))
+
+    def wake(self, **env: str) -> None:
+        content = messages.WakeKernel(os.urandom(64), env, "")
+        self.send("wake_request", msgspec.to_builtins(content), "control")
+        assert self.receive().msg_type == "wake_reply"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.sock.close()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    engine = Engine()
+    engine.wake(JPY_SESSION_NAME="a.ipynb")
+    yield engine
+    engine.close()
+
+
+def types(answers: list[messages.FromGuest]) -> list[str]:
+    return [answer.msg_type for answer in answers]
+
+
+def text(answers: list[messages.FromGuest], name: str = "stdout") -> str:
+    return "".join(a.content["text"] for a in answers if a.content.get("name") == name)
+
+
+def test_no_cell_runs_before_the_wake_up(tmp_path: Path) -> None:
+    engine = Engine()
+    try:
+        mark = tmp_path / "ran"
+        engine.cell(f"open({str(mark)!r}, 'w')")
+        engine.wake()
+        assert text(engine.run("print('awake')")) == "awake\n"
+        assert not mark.exists()
+    finally:
+        engine.close()
+
+
+def test_a_cell_is_input_result_reply_idle(engine: Engine) -> None:
+    answers = engine.run("6*7")
+    assert types(answers) == ["execute_input", "execute_result", "execute_reply", "status"]
+    assert answers[1].content["data"] == {"text/plain": "42"}
+    assert answers[2].channel == "shell"
+    assert len({answer.parent_id for answer in answers}) == 1
+
+
+def test_rehearsals_leave_no_trace(engine: Engine) -> None:
+    fresh = Engine()
+    try:
+        fresh.wake()
+        answers = fresh.run("(_, In, Out)", store_history=False)
+        assert answers[0].content["execution_count"] == 1
+        assert text(fresh.run("%who")) == "Interactive namespace is empty.\n"
+    finally:
+        fresh.close()
+
+
+def test_the_session_name_is_known(engine: Engine) -> None:
+    assert text(engine.run("print(__session__)")) == "a.ipynb\n"
+
+
+def test_sources_of_output_keep_their_order(engine: Engine) -> None:
+    code = "import os\nprint('a')\nos.system('echo b')\nprint('c')\nos.write(1, b'd\\n');"
+    assert text(engine.run(code)) == "a\nb\nc\nd\n"
+
+
+def test_output_appears_while_the_cell_runs(engine: Engine) -> None:
+    msg_id = engine.cell("import time\nprint('first')\ntime.sleep(2)\nprint('last')")
+    assert engine.receive().msg_type == "execute_input"
+    began = time.monotonic()
+    assert engine.receive().content["text"] == "first\n"
+    rest = engine.until_idle(msg_id)
+    assert text(rest) == "last\n"
+    assert time.monotonic() - began > 0.5, "the first line came only with the last"
+
+
+def test_much_output_is_coalesced_and_complete(engine: Engine) -> None:
+    answers = engine.run("for n in range(100_000): print(n)")
+    assert text(answers) == "".join(f"{n}\n" for n in range(100_000))
+    assert len(answers) < 100
+
+
+def test_a_split_character_stays_whole(engine: Engine) -> None:
+    code = "import os, time\nfor b in '🐍é'.encode(): os.write(1, bytes([b])); time.sleep(.02)"
+    assert text(engine.run(code)) == "🐍é"
+
+
+def test_a_forked_child_prints_through_its_parent(engine: Engine) -> None:
+    code = (
+        "import os\npid = os.fork()\nif not pid: print('child'); os._exit(0)\nos.waitpid(pid, 0);"
+    )
+    assert text(engine.run(code)) == "child\n"
+
+
+def test_silent_stores_and_shows_nothing(engine: Engine) -> None:
+    answers = engine.run("6*7", silent=True, store_history=False)
+    assert types(answers) == ["execute_reply", "status"]
+
+
+def test_user_expressions_are_answered(engine: Engine) -> None:
+    answers = engine.run("x = 5", user_expressions={"a": "x*2", "b": "1/0"})
+    reply = next(a for a in answers if a.msg_type == "execute_reply").content
+    assert reply["user_expressions"]["a"]["data"]["text/plain"] == "10"
+    assert reply["user_expressions"]["b"]["ename"] == "ZeroDivisionError"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "import time; time.sleep(60)",
+        "import asyncio; await asyncio.sleep(60)",
+        "import subprocess; subprocess.run(['sleep', '60'])",
+        "input('name? ')",
+        "while True: print('x' * 1000)",
+    ],
+)
+def test_an_interrupt_ends_the_cell_and_nothing_else(engine: Engine, code: str) -> None:
+    engine.run("kept = 1")
+    msg_id = engine.cell(code)
+    assert engine.receive().msg_type == "execute_input"
+    time.sleep(0.3)
+    engine.process.send_signal(signal.SIGINT)
+    answers = engine.until_idle(msg_id)
+    error = next(a for a in answers if a.msg_type == "error").content["ename"]
+    assert error in ("KeyboardInterrupt", "CancelledError")
+    assert text(engine.run("print(kept)")) == "1\n"
+
+
+def test_an_interrupt_while_idle_does_nothing(engine: Engine) -> None:
+    engine.process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    assert text(engine.run("print('still here')")) == "still here\n"
+
+
+def test_interrupts_in_the_midst_of_output_break_no_frame(engine: Engine) -> None:
+    for _ in range(20):
+        msg_id = engine.cell("while True: print('y' * 100_000)")
+        engine.receive()
+        time.sleep(0.02)
+        engine.process.send_signal(signal.SIGINT)
+        engine.until_idle(msg_id)
+    assert text(engine.run("print('whole')")) == "whole\n"
+
+
+def test_input_asks_and_gets_an_answer(engine: Engine) -> None:
+    msg_id = engine.cell("name = input('name? '); print('hello', name)")
+    while (question := engine.receive()).msg_type != "input_request":
+        pass
+    assert question.channel == "stdin"
+    assert question.content == {"prompt": "name? ", "password": False}
+    engine.send("input_reply", {"value": "Grüße"}, "stdin")
+    assert text(engine.until_idle(msg_id)) == "hello Grüße\n"
+
+
+def test_input_that_is_not_allowed_is_an_error(engine: Engine) -> None:
+    answers = engine.run("input()", allow_stdin=False)
+    assert [a.content["ename"] for a in answers if a.msg_type == "error"] == [
+        "StdinNotImplementedError"
+    ]
+
+
+def test_content_that_json_cannot_hold_arrives_all_the_same(engine: Engine) -> None:
+    code = (
+        "from IPython.display import publish_display_data as p\n"
+        "p({'application/json': {'big': 10**40, 'nan': float('nan'), 'lone': '\\ud800'}})"
+    )
+    answers = engine.run(code)
+    (shown,) = [a.content for a in answers if a.msg_type == "display_data"]
+    assert shown["data"]["application/json"] == {"big": 10**40, "nan": None, "lone": "\\ud800"}
+    assert types(answers)[-2:] == ["execute_reply", "status"]
+
+
+def test_buffers_travel_beside_the_body(engine: Engine) -> None:
+    answers = engine.run(
+        "import comm\nc = comm.create_comm(target_name='t', buffers=[b'x' * 3_000_000])"
+    )
+    assert "comm_open" in types(answers)
+
+
+@pytest.mark.parametrize(
+    ("msg_type", "content", "field"),
+    [
+        ("complete_request", {"code": "import os; os.pa", "cursor_pos": 16}, "matches"),
+        ("inspect_request", {"code": "print", "cursor_pos": 3, "detail_level": 0}, "found"),
+        ("is_complete_request", {"code": "for i in x:"}, "indent"),
+        ("comm_info_request", {}, "comms"),
+        (
+            "history_request",
+            {"hist_access_type": "tail", "output": False, "raw": True, "n": 1},
+            "history",
+        ),
+    ],
+)
+def test_the_editors_questions_are_answered(
+    engine: Engine, msg_type: str, content: dict[str, Any], field: str
+) -> None:
+    answers = engine.until_idle(engine.send(msg_type, content))
+    assert types(answers) == [msg_type.replace("_request", "_reply"), "status"]
+    assert answers[0].content[field]
+
+
+def test_a_dead_kernel_closes_its_port() -> None:
+    engine = Engine()
+    try:
+        engine.wake()
+        engine.cell("import os; os._exit(3)")
+        with contextlib.suppress(ConnectionResetError):
+            while engine.sock.recv(1 << 16):
+                pass
+        assert engine.process.wait(30) == 3
+    finally:
+        engine.close()
