@@ -66,7 +66,8 @@ def _start(on_step: Callable[[Step], None]) -> dict[str, Any]:
     """Start a VM; whether that went well, what it was, its steps, or the error for a person."""
     from vmkernel.cli.start_check import check_start
     from vmkernel.errors import VmError
-    from vmkernel.settings import load_settings
+    from vmkernel.host.manager import settings_for_recipe
+    from vmkernel.settings import load_settings_with_sources
 
     steps: list[Step] = []
 
@@ -76,7 +77,7 @@ def _start(on_step: Callable[[Step], None]) -> dict[str, Any]:
 
     vm, error = "", ""
     try:
-        vm = check_start(load_settings(), note)
+        vm = check_start(settings_for_recipe(load_settings_with_sources()), note)
     except VmError as failure:
         error = f"{type(failure).__name__}: {failure.explain()}"
     return {

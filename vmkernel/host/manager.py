@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from vmkernel import trace
-from vmkernel.errors import VmBootError, VmError
+from vmkernel.errors import ImageError, VmBootError, VmError
 from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
 from vmkernel.vm import accel
@@ -29,7 +30,7 @@ from vmkernel.vm.template import Spec, Template, ensure_template, find_template
 
 if TYPE_CHECKING:
     from vmkernel.host.guest import Guest, KernelDeath, OnOutput
-    from vmkernel.settings import Settings
+    from vmkernel.settings import LoadedSettings, Settings
     from vmkernel.vm.command import Accelerator
 
 KEPT_LOGS = 20
@@ -54,6 +55,19 @@ class Started(msgspec.Struct):
     spawned: Spawned
     state_fd: int
     """The number, in QEMU, of the device state's descriptor."""
+
+
+def settings_for_recipe(loaded: LoadedSettings) -> Settings:
+    """The settings, with the recipe's memory where no source of settings names one."""
+    from vmkernel.image.store import find_image
+
+    settings, sources = loaded
+    if "memory" not in sources:
+        with suppress(ImageError):  # told when the VM is started
+            memory = find_image(settings.recipe, settings).recipe.memory
+            if memory is not None:
+                return msgspec.structs.replace(settings, memory=memory)
+    return settings
 
 
 def spec_for(settings: Settings, accelerator: Accelerator) -> Spec:

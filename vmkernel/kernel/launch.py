@@ -71,7 +71,7 @@ def main() -> NoReturn:
     """Run the kernel; never returns."""
     trace.begin(os.environ.get(trace.VARIABLE, ""))
     trace.mark("interpreter up")
-    from vmkernel.settings import Settings, load_settings
+    from vmkernel.settings import Settings, load_settings_with_sources
 
     # Until the event loop has its handler, an interrupt has nothing to interrupt but the start.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -82,7 +82,9 @@ def main() -> NoReturn:
     except VmError as error:
         sys.exit(error.explain())
     try:
-        settings = load_settings(overrides)
+        from vmkernel.host.manager import settings_for_recipe
+
+        settings = settings_for_recipe(load_settings_with_sources(overrides))
         trace.mark("settings read")
         begun = begin(settings, _kernel_id(connection_file))
     except VmError as error:
