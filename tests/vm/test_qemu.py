@@ -23,7 +23,8 @@ from vmkernel.errors import TemplateError, VmBootError, VmGuestError
 from vmkernel.vm import accel
 from vmkernel.vm.command import Machine, qemu_argv
 from vmkernel.vm.console import ConsoleLog
-from vmkernel.vm.monitor import Monitor, load_state, save_state
+from vmkernel.vm.loading import StateLoader, request_load
+from vmkernel.vm.monitor import Monitor, save_state
 from vmkernel.vm.qemu import QemuProcess, find_qemu
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(60)]
@@ -356,12 +357,14 @@ class TestState:
     async def load(self, bench: Bench, path: Path, **changes: object) -> QemuProcess:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            process, monitor = await bench.start_and_greet(
-                keep=(fd,), ram_share=False, incoming=True, **changes
-            )
-            await load_state(monitor, fd)
+            process, sock = bench.start(keep=(fd,), ram_share=False, incoming=True, **changes)
+            request_load(sock, fd)
         finally:
             os.close(fd)
+        loader = StateLoader(sock)
+        await loader.wait(10)
+        monitor = await Monitor.open(loader.release(), greeted=True)
+        bench.monitors.append(monitor)
         assert (await monitor.execute("query-status"))["status"] == "running"
         return process
 

@@ -7,7 +7,6 @@ up, each step timed. The VM takes a slot like any other, and is ended again. Flo
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -51,7 +50,6 @@ class _Start:
 
     async def run(self) -> str:
         """Go through the steps; a few words about the VM.  Raises VmError."""
-        from vmkernel.host.guest import guest_environment
         from vmkernel.host.manager import Label, VmStart, begin
 
         self._answer = asyncio.get_running_loop().create_future()
@@ -68,7 +66,6 @@ class _Start:
                 on_output=self._on_output,
                 on_kernel_death=self._on_kernel_death,
                 on_end=self._on_end,
-                env=guest_environment(dict(os.environ)),
                 progress=self._on_progress,
             )
             self._begin_step(f"{_CODE} is {_ANSWER}")

@@ -11,12 +11,11 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from vmkernel.errors import VmError, VmGuestError
+from vmkernel.host.waking import wake_request
 from vmkernel.protocol import frames, messages
 from vmkernel.vm.machine import Spawned, Vm
 
@@ -55,42 +54,25 @@ class Guest:
         self._on_output = on_output
         self._on_kernel_death = on_kernel_death
         self._on_end = on_end
-        self._woken: asyncio.Future[None] | None = None
+        # The request for it lies in the port already (host.waking): the answer may come any time
+        self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ready: asyncio.Future[None] | None = None
-        self._wakes = 0
 
     def __repr__(self) -> str:
         return f"<Guest {self.vm!r}>"
 
-    async def wake(self, env: dict[str, str], cwd: str, timeout: float) -> None:
-        """Make a fresh clone different from its twins, kernel and process at once.
+    async def wake(self, timeout: float) -> None:
+        """Make a fresh clone different from its twins, machine and guest kernel at once.
 
         Nothing else may be sent before this returned.  Raises VmGuestError.
         """
-        kernel = asyncio.ensure_future(self._wake_kernel(env, cwd, timeout))
-        try:
-            await self.vm.wake(self.vm.machine.vm_id, timeout)
-            await kernel
-        finally:
-            kernel.cancel()
+        await self.vm.wake(self.vm.machine.vm_id, timeout)
+        await self._kernel_woken(timeout)
 
-    async def _wake_kernel(self, env: dict[str, str], cwd: str, timeout: float) -> None:
-        self._woken = asyncio.get_running_loop().create_future()
-        self._wakes += 1
-        content = messages.WakeKernel(entropy=os.urandom(64), env=env, cwd=cwd)
-        self.send(
-            messages.ToGuest(
-                "control",
-                f"wake-{self._wakes}",
-                "wake_request",
-                msgspec.Raw(b"{}"),
-                msgspec.Raw(b"{}"),
-                msgspec.Raw(messages.encode_json(content)),
-            )
-        )
+    async def _kernel_woken(self, timeout: float) -> None:
         try:
             async with asyncio.timeout(timeout):
-                await self._woken
+                await asyncio.shield(self._woken)  # while it is not done, nothing gets through
         except TimeoutError as error:
             raise await self.vm.failed(
                 f"The guest kernel did not wake up within {timeout:g} s", VmGuestError
@@ -104,12 +86,13 @@ class Guest:
         """SIGINT to the guest kernel and its children.  Raises VmGuestError."""
         await self.vm.agent.call(messages.Interrupt())
 
-    async def restart_kernel(self, env: dict[str, str], cwd: str, timeout: float) -> None:
+    async def restart_kernel(self, timeout: float) -> None:
         """Put a new guest kernel in the place of one that died; the VM's files stay.
 
         Raises VmGuestError.
         """
         marker = os.urandom(frames.MARKER_SIZE)
+        self._woken = asyncio.get_running_loop().create_future()
         self._ready = asyncio.get_running_loop().create_future()
         self.vm.kernel.resync(marker)
         await self.vm.agent.call(messages.StartKernel(marker))
@@ -121,7 +104,8 @@ class Guest:
                 f"a new guest kernel was not ready within {timeout:g} s",
                 hint="restart the kernel",
             ) from error
-        await self._wake_kernel(env, cwd, timeout)
+        self.send(wake_request())
+        await self._kernel_woken(timeout)
 
     async def close(self) -> None:
         """End the VM."""
@@ -133,9 +117,9 @@ class Guest:
     def _on_message(self, body: memoryview, buffers: list[memoryview]) -> None:
         message = messages.decode(body, messages.FromGuest)
         if message.msg_type == "wake_reply":
-            if self._woken is not None and not self._woken.done():
+            if not self._woken.done():
                 self._woken.set_result(None)
-        elif self._woken is not None and self._woken.done():
+        elif self._woken.done():
             self._on_output(message, buffers)
         # Before the wake-up a guest has nothing to say: fail closed.
 
@@ -189,23 +173,3 @@ def explain_death(event: messages.KernelDied) -> KernelDeath:
         event.output,
         event.exit_code == 0,
     )
-
-
-def guest_environment(environ: dict[str, str]) -> dict[str, str]:
-    """What of the host's environment a guest gets: a list, since the rest is the host's own."""
-    names = ("JPY_SESSION_NAME", "IPYKERNEL_CELL_NAME", "COLUMNS", "LINES", "MPLBACKEND", "TZ")
-    env: dict[str, Any] = {name: environ[name] for name in names if name in environ}
-    if "TZ" not in env:
-        zone = local_zone()
-        if zone:
-            env["TZ"] = zone
-    return env
-
-
-def local_zone() -> str:
-    """The host's time zone by its name (localtime(5)), "" when it has none."""
-    try:
-        target = str(Path("/etc/localtime").readlink())
-    except OSError:
-        return ""
-    return target.partition("zoneinfo/")[2]

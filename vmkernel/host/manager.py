@@ -11,7 +11,6 @@ still importing.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -53,8 +52,6 @@ class Started(msgspec.Struct):
     record: registry.VmRecord
     template: Template
     spawned: Spawned
-    state_fd: int
-    """The number, in QEMU, of the device state's descriptor."""
 
 
 def settings_for_recipe(loaded: LoadedSettings) -> Settings:
@@ -142,7 +139,6 @@ class VmStart:
         on_output: OnOutput,
         on_kernel_death: Callable[[KernelDeath], None],
         on_end: Callable[[VmError], None],
-        env: dict[str, str],
         progress: Progress,
     ) -> Guest:
         """Bring the VM up and wake it.  Raises VmError; cancelling it leaves nothing behind."""
@@ -168,9 +164,9 @@ class VmStart:
             )
             console = log_dir(self.settings, self.vm_id) / "console.log"
             await guest.vm.attach(console, self.settings.console_log_size << 20)
-            await self._load(guest, started.state_fd)
+            await guest.vm.load(self.settings.start_timeout)
             trace.mark("state loaded")
-            await guest.wake(env, "", self.settings.start_timeout)
+            await guest.wake(self.settings.start_timeout)
             awake = True
             trace.mark("guest awake")
             registry.write_record(
@@ -222,7 +218,7 @@ class VmStart:
         if self.vm_id:
             registry.remove_vm(self.settings, self.vm_id)
             if not keep_logs:
-                shutil.rmtree(log_dir(self.settings, self.vm_id), ignore_errors=True)
+                _remove_tree(log_dir(self.settings, self.vm_id))
 
     async def _start(self, progress: Progress) -> Started:
         settings = self.settings
@@ -272,12 +268,6 @@ class VmStart:
 
         await prove_accelerator(spec_for(self.settings, "kvm"), self.settings, 15.0)
 
-    async def _load(self, guest: Guest, state_fd: int) -> None:
-        from vmkernel.vm.monitor import load_state
-
-        monitor = await guest.vm.monitor()
-        await load_state(monitor, state_fd, timeout=self.settings.start_timeout)
-
 
 class _BootSlot:
     """Hold a boot slot, which bounds how many VMs boot from cold at once."""
@@ -317,7 +307,13 @@ def prune_logs(settings: Settings) -> None:
         return
     found.sort(key=_age)
     for path in found[:-KEPT_LOGS]:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove_tree(path)
+
+
+def _remove_tree(path: Path) -> None:
+    import shutil  # with it come the compressors; a VM is to start before
+
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _age(path: Path) -> int:
@@ -367,6 +363,13 @@ def _spawn_clone(
         os.close(scratch)
         if state >= 0:
             os.close(state)
+    # QEMU and guest find in their sockets what is next: both get on with it while we import.
+    from vmkernel.vm.loading import request_load
+
+    request_load(spawned.monitor, state)
+    from vmkernel.host.waking import write_ahead
+
+    write_ahead(spawned.kernel)
     from vmkernel.host.processes import identify
 
     qemu = identify(spawned.process.pid)
@@ -384,4 +387,4 @@ def _spawn_clone(
         spawned.abandon()  # it holds the slot, and nobody would ever end it
         raise
     slot.handed_over()
-    return Started(record, template, spawned, state)
+    return Started(record, template, spawned)

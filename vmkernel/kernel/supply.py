@@ -189,8 +189,6 @@ class GuestSupply:
     # --- work ---
 
     async def _bring_up(self) -> Guest:
-        from vmkernel.host.guest import guest_environment
-
         if self._final is not None:
             self.failed = self._final
             raise self._final
@@ -205,7 +203,6 @@ class GuestSupply:
                 on_output=self._owner.on_output,
                 on_kernel_death=self._owner.on_kernel_death,
                 on_end=lambda error: self._on_end(start, error),
-                env=guest_environment(dict(os.environ)),
                 progress=self._progress,
             )
         except VmError as error:
@@ -227,12 +224,8 @@ class GuestSupply:
         return guest
 
     async def _replace_kernel(self, guest: Guest) -> Guest:
-        from vmkernel.host.guest import guest_environment
-
         try:
-            await guest.restart_kernel(
-                guest_environment(dict(os.environ)), "", self._settings.boot_timeout
-            )
+            await guest.restart_kernel(self._settings.boot_timeout)
         except BaseException as error:
             # This VM cannot carry a kernel any more: the next one who asks gets a new VM.
             start, self._start = self._start, None

@@ -26,6 +26,7 @@ from vmkernel.vm.qemu import QemuProcess
 if TYPE_CHECKING:
     import asyncio
 
+    from vmkernel.vm.loading import StateLoader
     from vmkernel.vm.monitor import Monitor
     from vmkernel.vm.ports import AgentPort, Port
 
@@ -100,6 +101,7 @@ class Vm:
         self._on_message = on_message
         self._on_end = on_end
         self._monitor: Monitor | None = None
+        self._loader: StateLoader | None = None
         self._closed = False
         self._ended = False
         self._broken: VmError | None = None
@@ -117,11 +119,14 @@ class Vm:
         """Join the running event loop: watch the process, open the ports, log the console."""
         import asyncio
 
+        from vmkernel.vm.loading import StateLoader
         from vmkernel.vm.ports import AgentPort, Port
 
         loop = asyncio.get_running_loop()
         self.process.watch()
         self._watch = loop.create_task(self._watch_process())
+        if self.machine.incoming:
+            self._loader = StateLoader(self._spawned.monitor)
         self.console = ConsoleLog(console_path, console_cap)
         self.console.drain(self._spawned.console.detach(), loop)
         self.agent = AgentPort(self._on_event)
@@ -132,13 +137,27 @@ class Vm:
         )
         self._ports.append(self.kernel)
 
+    async def load(self, timeout: float) -> None:
+        """Wait until a clone's state is loaded (`vm.loading`).
+
+        Raises TemplateError, or VmBootError with QEMU's last words when it did not come up.
+        """
+        assert self._loader is not None, "attach() first"
+        try:
+            await self._loader.wait(timeout)
+        except VmBootError as error:
+            raise await self.failed(error.message) from error
+
     async def monitor(self) -> Monitor:
         """QEMU's monitor, opened at first use.  Raises VmBootError with QEMU's last words."""
         from vmkernel.vm.monitor import Monitor
 
         if self._monitor is None:
             try:
-                self._monitor = await Monitor.open(self._spawned.monitor)
+                if self._loader is None:
+                    self._monitor = await Monitor.open(self._spawned.monitor)
+                else:
+                    self._monitor = await Monitor.open(self._loader.release(), greeted=True)
             except VmBootError as error:
                 raise await self.failed(f"QEMU did not come up ({error})") from error
         return self._monitor
@@ -179,6 +198,8 @@ class Vm:
         if self._monitor is not None:
             await self._monitor.close()
         else:
+            if self._loader is not None:
+                self._loader.release()
             self._spawned.monitor.close()
         for port in self._ports:
             port.close()

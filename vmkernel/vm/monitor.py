@@ -1,11 +1,11 @@
-"""QEMU's monitor (QMP) through ``qemu.qmp``, and the two long commands: save and load a state.
+"""QEMU's monitor (QMP) through ``qemu.qmp``, and its long command: save a state.
 
 Where it stands: between ``qemu.qmp`` and ``vm.machine``/``vm.template``. Foreign exceptions end
 here. ``qemu.qmp`` is imported when a monitor is opened (8-12 ms), which is after QEMU was started
 and while it starts.
 
-A template's state is saved and loaded with the capability ``x-ignore-shared``: the RAM is in its
-file already, so the state is only the devices' (some 200 kB).
+A template's state is saved with the capability ``x-ignore-shared``: the RAM is in its file already,
+so the state is only the devices' (some 200 kB). A clone loads it without this module: `vm.loading`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vmkernel.errors import TemplateError, VmBootError, VmGuestError
+from vmkernel.vm.loading import STATE_CAPABILITIES
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
 _RING = 40
 _NAME = "vmkernel-state"
 _UNLIMITED = 1 << 40  # bytes a second; QEMU's default of 128 MiB/s is meant for networks
-_CAPABILITIES = {
-    "capabilities": [
-        {"capability": "x-ignore-shared", "state": True},
-        {"capability": "events", "state": True},
-    ]
-}
 
 
 class Monitor:
@@ -47,8 +42,12 @@ class Monitor:
         return f"<Monitor {self._client.runstate.name.lower()}>"
 
     @classmethod
-    async def open(cls, sock: socket.socket, timeout: float = 10.0) -> Monitor:
+    async def open(
+        cls, sock: socket.socket, timeout: float = 10.0, *, greeted: bool = False
+    ) -> Monitor:
         """Greet the QEMU at the other end of ``sock`` (connected; ours to close from now on).
+
+        ``greeted``: `vm.loading` has done that, on the same socket.
 
         Raises VmBootError when no monitor answers within ``timeout`` seconds, or hangs up.
         """
@@ -58,6 +57,7 @@ class Monitor:
         client = QMPClient("vmkernel")
         # A QEMU that ends while it starts is an error that we report; qemu.qmp would log it too.
         client.logger.setLevel("CRITICAL")
+        client.await_greeting = client.negotiate = not greeted
         monitor = cls(client)
         client.register_listener(EventListener(event_filter=monitor._on_event))
         try:
@@ -161,7 +161,7 @@ async def save_state(monitor: Monitor, fd: int, *, timeout: float = 60.0) -> Non
     in each clone. Raises TemplateError.
     """
     try:
-        await monitor.execute("migrate-set-capabilities", _CAPABILITIES)
+        await monitor.execute("migrate-set-capabilities", {"capabilities": STATE_CAPABILITIES})
         await monitor.execute("migrate-set-parameters", {"max-bandwidth": _UNLIMITED})
         await monitor.send_fd(_NAME, fd)
         await monitor.execute("migrate", {"uri": f"fd:{_NAME}"})
@@ -169,22 +169,6 @@ async def save_state(monitor: Monitor, fd: int, *, timeout: float = 60.0) -> Non
     except VmGuestError as error:
         raise TemplateError(
             f"The VM's state could not be saved: {error}", hint=error.hint
-        ) from error
-
-
-async def load_state(monitor: Monitor, fd: int, *, timeout: float = 60.0) -> None:
-    """Load a state into a QEMU started with ``-incoming defer``; the guest runs when it returns.
-
-    ``fd`` is the number, *in QEMU*, of an inherited descriptor at the start of the state.
-    Raises TemplateError when QEMU refuses the state (it then ends).
-    """
-    try:
-        await monitor.execute("migrate-set-capabilities", _CAPABILITIES)
-        await monitor.execute("migrate-incoming", {"uri": f"fd:{fd}"})
-        await _finish(monitor, "The template's state could not be loaded", timeout)
-    except VmGuestError as error:
-        raise TemplateError(
-            f"The template's state could not be loaded: {error}", hint=error.hint
         ) from error
 
 

@@ -20,7 +20,6 @@ import fcntl
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
@@ -153,8 +152,10 @@ class Template:
 
         fd = -1
         try:
-            fd, path = tempfile.mkstemp(prefix="scratch-", dir=directory)
-            Path(path).unlink()
+            # tempfile would import random and the compressors before QEMU is started
+            path = directory / f"scratch-{os.urandom(8).hex()}"
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            path.unlink()
             with open(self.directory / "scratch.qcow2", "rb") as source:
                 data = source.read()
             while data:

@@ -1,0 +1,59 @@
+"""The first message to a guest kernel: what makes it differ from its twins.
+
+Written into a clone's port when its QEMU was only just spawned, so that the guest finds it in the
+instant it runs; written again to each guest kernel that takes the place of a dead one.  Where it
+stands: under ``host.manager`` and ``host.guest``.  No event loop, and light imports: it lies on the
+way of a start.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+
+from vmkernel.protocol import frames, messages
+
+# Of the host's environment a guest gets this: a list, since the rest is the host's own.
+_PASSED = ("JPY_SESSION_NAME", "IPYKERNEL_CELL_NAME", "COLUMNS", "LINES", "MPLBACKEND", "TZ")
+
+
+def write_ahead(sock: socket.socket) -> None:
+    """Put a wake-up into the port of a clone that is not there yet."""
+    with suppress(OSError):  # QEMU ended at once: whoever waits for the clone finds that out
+        sock.sendall(b"".join(frames.encode(messages.encode_json(wake_request()))))
+
+
+def wake_request() -> messages.ToGuest:
+    """A wake-up with fresh entropy and this process's environment."""
+    content = messages.WakeKernel(entropy=os.urandom(64), env=guest_environment(), cwd="")
+    return messages.ToGuest(
+        "control",
+        "wake",
+        "wake_request",
+        msgspec.Raw(b"{}"),
+        msgspec.Raw(b"{}"),
+        msgspec.Raw(messages.encode_json(content)),
+    )
+
+
+def guest_environment() -> dict[str, str]:
+    """What of this process's environment a guest gets."""
+    env = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    if "TZ" not in env:
+        zone = local_zone()
+        if zone:
+            env["TZ"] = zone
+    return env
+
+
+def local_zone() -> str:
+    """The host's time zone by its name (localtime(5)), "" when it has none."""
+    try:
+        target = str(Path("/etc/localtime").readlink())
+    except OSError:
+        return ""
+    return target.partition("zoneinfo/")[2]
