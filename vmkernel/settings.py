@@ -69,7 +69,11 @@ FIELDS: dict[str, Field] = {
         "a recipe's name: lower-case letters, digits, '.', '_', '-' (`vmkernel image list`)",
         "Which guest image a kernel starts from.",
     ),
-    "memory": Field(size(64, 1024**2), "64M to 1T; a plain number is MiB", "Memory of one VM."),
+    "memory": Field(
+        size(64, 1024**2),
+        "64M to 1T; a plain number is MiB",
+        "Memory of one VM; unset: what the recipe asks for, where it does.",
+    ),
     "vcpus": Field(count(1, 64), "a whole number from 1 to 64", "Virtual processors of one VM."),
     "scratch_size": Field(
         size(64, 64 * 1024**2),

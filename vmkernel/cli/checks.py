@@ -32,13 +32,16 @@ if TYPE_CHECKING:
 
 def run_checks() -> list[Check]:
     """Every check, in the order in which a newcomer should mend them."""
+    from vmkernel.host.manager import settings_for_recipe
+
     checks = [_python()]
     try:
-        settings, sources = load_settings_with_sources()
+        loaded = load_settings_with_sources()
     except SettingsError as error:
         # Nothing else can be judged: every other check depends on some setting.
         return [*checks, Check("settings", "missing", str(error), error.hint)]
-    given = ", ".join(f"{name} = {getattr(settings, name)}" for name in sources)
+    settings = settings_for_recipe(loaded)
+    given = ", ".join(f"{name} = {getattr(settings, name)}" for name in loaded.sources)
     checks.append(Check("settings", "ok", given or "all at their defaults"))
     rest: tuple[tuple[str, Callable[[Settings], Check]], ...] = (
         ("QEMU", _qemu),
