@@ -7,18 +7,23 @@ from all others in the process table, whoever its parent is.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import os
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import msgspec
 import psutil
 
 from vmkernel.host.capacity import Statistics, vm_slots
+from vmkernel.host.guest import Guest
+from vmkernel.host.manager import Label, VmStart
+from vmkernel.protocol import messages
 from vmkernel.settings import Settings, load_settings
 
 MEMORY = "512M"
@@ -33,10 +38,14 @@ _numbers = itertools.count()
 class VmHost:
     """Directories, environment, and a look at the process table."""
 
-    def __init__(self, session_dir: Path, *, own_cache: bool = False) -> None:
-        """``own_cache``: start without templates; else those of the test run's user are used."""
+    def __init__(self, session_dir: Path, *, own_cache: bool = False, user: int = 0) -> None:
+        """``own_cache``: start without templates; else those of the test run's user are used.
+
+        ``user``: another user's host; needs root, and a cache and images of its own.
+        """
         self.directory = session_dir / f"h{next(_numbers)}"  # short: sockets lie in it
         self.directory.mkdir()
+        self.user = user
         self.runtime_dir = self.directory / "run"
         self.state_dir = self.directory / "state"
         self.cache_dir = self.directory / "cache"
@@ -58,6 +67,29 @@ class VmHost:
             "VMKERNEL_RECIPE": "minimal",
             "VMKERNEL_MEMORY": MEMORY,
         }
+        if user:
+            session_dir.chmod(0o711)  # to be passed through
+            self.env["VMKERNEL_IMAGES_DIR"] = str(self._link_image("minimal"))
+            for path in (self.directory, self.state_dir, *self.state_dir.iterdir(), self.cache_dir):
+                os.chown(path, user, user)
+
+    def _link_image(self, recipe: str) -> Path:
+        """The image where another user gets at it: the real one lies in somebody's home."""
+        images = self.directory / "images"
+        (images / recipe).mkdir(parents=True)
+        for file in (load_settings().images_dir / recipe).iterdir():
+            try:
+                (images / recipe / file.name).hardlink_to(file)
+            except OSError:  # another file system
+                shutil.copy(file, images / recipe)
+        return images
+
+    def command(self, *words: str) -> list[str]:
+        """A command line that runs as this host's user."""
+        if not self.user:
+            return list(words)
+        as_user = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups"]
+        return [*as_user, *words]
 
     def share_facts(self) -> None:
         """Let hosts that are made later know what was found out on this one."""
@@ -150,6 +182,62 @@ class Sampler:
         if line and b"vmkernel" not in line:  # one that does may be a wrapper's child before exec
             self._others.add(pid)
         return False
+
+
+class RunningVm:
+    """``async with RunningVm(settings) as vm:`` a clone that is awake, and runs code."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.start = VmStart(settings, Label("test", "test"))
+        self.guest: Guest
+        self._done: asyncio.Future[str] | None = None
+        self._output: list[str] = []
+        self._number = 0
+
+    async def __aenter__(self) -> RunningVm:
+        self.guest = await self.start.guest(
+            on_output=self._on_output,
+            on_kernel_death=lambda death: self._fail(RuntimeError(death.reason)),
+            on_end=self._fail,
+            progress=lambda text: None,
+        )
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.start.close()
+
+    async def run(self, code: str, seconds: float = 60) -> str:
+        """What the code prints; raises RuntimeError with its traceback."""
+        self._number += 1
+        self._done = asyncio.get_running_loop().create_future()
+        self._output.clear()
+        self.guest.send(execute_request(f"test-{self._number}", code))
+        async with asyncio.timeout(seconds):
+            return await self._done
+
+    def _on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> None:
+        if self._done is None or self._done.done():
+            return
+        if message.msg_type == "stream":
+            self._output.append(str(message.content["text"]))
+        elif message.msg_type == "error":
+            self._fail(RuntimeError("\n".join(message.content["traceback"])))
+        elif message.msg_type == "status":
+            self._done.set_result("".join(self._output))
+
+    def _fail(self, error: Exception) -> None:
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(error)
+
+
+def execute_request(msg_id: str, code: str) -> messages.ToGuest:
+    """A cell on its way to the guest kernel."""
+    content = {"code": code, "silent": False, "store_history": False, "allow_stdin": False}
+    raw = [
+        msgspec.Raw(messages.encode_json(value))
+        for value in ({"msg_id": msg_id, "msg_type": "execute_request"}, {}, content)
+    ]
+    return messages.ToGuest("shell", msg_id, "execute_request", *raw)
 
 
 def _pids() -> Iterator[int]:
