@@ -57,6 +57,7 @@ TCG_TEMPLATE = """\
 -msg timestamp=on
 -no-reboot
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+-bios qboot.rom
 -machine microvm,acpi=on,pit=off,pic=off,rtc=on,x-option-roms=off,isa-serial=on,\
 memory-backend=ram0,mem-merge=off,dump-guest-core=off
 -accel tcg,tb-size=128
@@ -96,6 +97,7 @@ KVM_CLONE = """\
 -msg timestamp=on
 -no-reboot
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
+-bios qboot.rom
 -machine microvm,acpi=on,pit=off,pic=off,rtc=on,x-option-roms=off,isa-serial=on,\
 memory-backend=ram0,mem-merge=off,dump-guest-core=off
 -accel kvm
