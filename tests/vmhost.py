@@ -12,6 +12,8 @@ import itertools
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -91,6 +93,17 @@ class VmHost:
         as_user = ["setpriv", f"--reuid={self.user}", f"--regid={self.user}", "--clear-groups"]
         return [*as_user, *words]
 
+    def cli(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """Run the ``vmkernel`` command on this host; stdout and stderr are text."""
+        main = "from vmkernel.cli.app import main; main()"
+        return subprocess.run(
+            self.command(sys.executable, "-c", main, *words),
+            env={**os.environ, **self.env, **env},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
     def share_facts(self) -> None:
         """Let hosts that are made later know what was found out on this one."""
         place = load_settings().state_dir
@@ -151,7 +164,8 @@ class Sampler:
     def __init__(self, host: VmHost, interval: float = 0.003) -> None:
         self.most = 0
         self.samples = 0
-        self.seen: set[int] = set()
+        self.seen: dict[int, str] = {}
+        """Each VM's command line, by QEMU's pid."""
         self._host = host
         self._interval = interval
         self._end = threading.Event()
@@ -169,7 +183,8 @@ class Sampler:
     def _run(self) -> None:
         while not self._end.wait(self._interval):
             now = [pid for pid in _pids() if self._is_vm(pid)]
-            self.seen.update(now)
+            for pid in set(now) - self.seen.keys():
+                self.seen[pid] = _command_line(pid).decode().replace("\0", " ")
             self.most = max(self.most, len(now))
             self.samples += 1
 
