@@ -57,6 +57,7 @@ class Guest:
         # The request for it lies in the port already (host.waking): the answer may come any time
         self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ready: asyncio.Future[None] | None = None
+        self._death: KernelDeath | None = None
 
     def __repr__(self) -> str:
         return f"<Guest {self.vm!r}>"
@@ -77,6 +78,8 @@ class Guest:
             raise await self.vm.failed(
                 f"The guest kernel did not wake up within {timeout:g} s", VmGuestError
             ) from error
+        if self._death is not None:  # after its answer, and before we came to read it
+            raise VmGuestError(self._death.reason, hint=self._death.hint)
 
     def send(self, request: messages.ToGuest, buffers: Sequence[frames.Piece] = ()) -> None:
         """Send a request to the guest kernel.  Raises VmGuestError when the VM has ended."""
@@ -94,6 +97,7 @@ class Guest:
         marker = os.urandom(frames.MARKER_SIZE)
         self._woken = asyncio.get_running_loop().create_future()
         self._ready = asyncio.get_running_loop().create_future()
+        self._death = None
         self.vm.kernel.resync(marker)
         await self.vm.agent.call(messages.StartKernel(marker))
         try:
@@ -125,7 +129,7 @@ class Guest:
 
     def _on_event(self, event: messages.FromAgent) -> None:
         if isinstance(event, messages.KernelDied):
-            death = explain_death(event)
+            death = self._death = explain_death(event)
             self._fail(VmGuestError(death.reason, hint=death.hint))
             self._on_kernel_death(death)
         elif isinstance(event, messages.Ready):

@@ -112,7 +112,7 @@ class GuestSupply:
     def kernel_died(self) -> None:
         """The guest kernel is gone: put a new one into the same VM."""
         guest, self.current = self.current, None
-        if guest is not None and self._starting is None:
+        if guest is not None:  # else it is being started: that start fails of it
             self._replacing = True
             self._starting = asyncio.create_task(self._replace_kernel(guest))
             self._starting.add_done_callback(_seen)
@@ -131,6 +131,9 @@ class GuestSupply:
             with contextlib.suppress(asyncio.CancelledError, VmError):
                 await self._starting
         self.current = None
+        if self._begun is not None:  # cancelled before its first step
+            begun, self._begun = self._begun, None
+            self._start = VmStart(self._settings, self._label, begun)
         if self._start is not None:
             await self._start.close()
         if self._closing:
@@ -164,24 +167,27 @@ class GuestSupply:
 
     async def usage(self) -> dict[str, Any]:
         """The content of a ``usage_reply``: the guest's memory and load."""
-        if self.current is None:
+        guest = self.current
+        if guest is None:
             return {"hostname": "no VM", "pid": os.getpid()}
         from vmkernel.protocol import messages
 
         try:
-            stats = await self.current.vm.agent.call(messages.Stats(), timeout=3.0)
-        except VmError as error:
-            log.warning("%s", error)
+            stats = await guest.vm.agent.call(messages.Stats(), timeout=3.0)
+            total, available = int(stats["memory_total"]), int(stats["memory_available"])
+            load = float(stats["load"][0])
+        except (VmError, LookupError, TypeError, ValueError, OverflowError) as error:
+            log.warning("the guest's statistics cannot be had: %r", error)
             return {"hostname": "the VM does not answer", "pid": os.getpid()}
-        used = int(stats["memory_total"]) - int(stats["memory_available"])
+        used = total - available
         return {
-            "hostname": self.current.vm.machine.vm_id,
+            "hostname": guest.vm.machine.vm_id,
             "pid": os.getpid(),
-            "kernel_cpu": 100.0 * float(stats["load"][0]),
+            "kernel_cpu": 100.0 * load,
             "kernel_memory": used,
             "host_virtual_memory": {
-                "total": stats["memory_total"],
-                "available": stats["memory_available"],
+                "total": total,
+                "available": available,
                 "used": used,
             },
         }
@@ -247,8 +253,8 @@ class GuestSupply:
         if abs(clock - self._clock) > CLOCK_SLACK:
             from vmkernel.protocol import messages
 
-            self._clock = clock
             await guest.vm.agent.call(messages.SetClock(time.time_ns()))
+            self._clock = clock
 
     def _progress(self, text: str) -> None:
         self._text = text
