@@ -35,6 +35,10 @@ log = logging.getLogger("vmkernel")
 
 KNOWN_PARENTS = 4096
 """How many finished requests a late output (a thread, a comm) may still name."""
+MOST_NEWS = 8
+"""How many things that happened between two cells are told."""
+MOST_ODDITIES = 20
+"""How many wrong messages of a guest are logged: the log is the server's."""
 PATIENCE = 2.0
 """Seconds that an editor's question waits for a guest that is coming up."""
 
@@ -78,7 +82,9 @@ class Wrapper:
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exit_asked = False
         self._execution_count = 0
-        self._news: list[str] = []
+        self._interrupted = False
+        self._news: deque[str] = deque(maxlen=MOST_NEWS)
+        self._oddities = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- life ---
@@ -115,13 +121,14 @@ class Wrapper:
 
     def on_request(self, request: Request) -> None:
         """A front end's message came in."""
-        if request.channel == "shell":
+        if request.channel == "stdin":
+            self._on_input_reply(request)
+        elif request.channel == "control" or request.msg_type == "shutdown_request":
+            # Shutdown came on shell once, and ipykernel still takes it there.
+            self._spawn(self._control(request))
+        else:
             self._queue.append(request)
             self._arrived.set()
-        elif request.channel == "stdin":
-            self._on_input_reply(request)
-        else:
-            self._spawn(self._control(request))
 
     async def _work(self) -> None:
         while True:
@@ -170,6 +177,7 @@ class Wrapper:
         return False
 
     async def _serve_by_guest(self, request: Request) -> None:
+        self._interrupted = False
         visible = request.msg_type == _EXECUTE and not request.content.get("silent")
         with Notice(self.sockets, request.raw[0], visible) as notice:
             self._waiting = asyncio.ensure_future(self.supply.guest(notice.show))
@@ -187,6 +195,8 @@ class Wrapper:
         if self._interrupting is not None:
             # An interrupt meant for the cell before must not hit this one.
             await asyncio.wait([self._interrupting])
+        if self._interrupted:  # between the guest's coming and the request's going
+            raise InterruptedWait
         self._done = asyncio.get_running_loop().create_future()
         header, _, metadata, content = request.raw
         guest.send(
@@ -255,8 +265,19 @@ class Wrapper:
     # --- control ---
 
     async def _control(self, request: Request) -> None:
-        msg_type = request.msg_type
         self.sockets.status("busy", request.raw[0])
+        try:
+            await self._answer_control(request)
+        except Exception as error:  # nobody may be left waiting
+            log.exception("%s failed", request.msg_type)
+            content = local.error_content(type(error).__name__, str(error), [])
+            self._reply_control(request, {**content, "status": "error"})
+        self.sockets.status("idle", request.raw[0])
+        if request.msg_type == "shutdown_request":
+            self.stop()
+
+    async def _answer_control(self, request: Request) -> None:
+        msg_type = request.msg_type
         if msg_type == "interrupt_request":
             self.interrupt()
             self._reply_control(request, {"status": "ok"})
@@ -267,16 +288,12 @@ class Wrapper:
         elif msg_type == "kernel_info_request":
             self._reply_control(request, self._kernel_info())
         elif msg_type == "usage_request":
-            with contextlib.suppress(VmError):
-                self._reply_control(request, await self.supply.usage())
+            self._reply_control(request, await self.supply.usage())
         else:
             error = local.error_content(
                 "NotImplementedError", f"this kernel does not know {msg_type}", []
             )
             self._reply_control(request, {**error, "status": "error"})
-        self.sockets.status("idle", request.raw[0])
-        if msg_type == "shutdown_request":
-            self.stop()
 
     def _reply_control(self, request: Request, content: Any) -> None:
         msg_type = request.msg_type.removesuffix("_request") + "_reply"
@@ -284,9 +301,11 @@ class Wrapper:
 
     def interrupt(self) -> None:
         """Interrupt what is running or waited for: from a message, or from SIGINT."""
-        if self._waiting is not None:
-            self._waiting.cancel()
-        elif self._done is not None and not self._done.done() and self._interrupting is None:
+        if self._waiting is not None and self._waiting.cancel():
+            return
+        if self._done is None or self._done.done():
+            self._interrupted = True
+        elif self._interrupting is None:
             self._interrupting = self._spawn(self._interrupt_guest())
 
     async def _interrupt_guest(self) -> None:
@@ -328,7 +347,7 @@ class Wrapper:
             return
         request = self._current
         if request is None or message.parent_id != request.msg_id:
-            log.warning("the guest answered what was not asked: %s", message.msg_type)
+            self._odd("the guest answered what was not asked", message)
         elif message.channel == "stdin" and message.msg_type == "input_request":
             msg_id = self.sockets.reply(request, "input_request", message.content, channel="stdin")
             self._input = (request, msg_id)
@@ -339,7 +358,7 @@ class Wrapper:
         ):
             self._on_reply(request, message, buffers)
         else:
-            log.warning("the guest sent %s on %s", message.msg_type, message.channel)
+            self._odd("the guest's answer is none to what was asked", message)
 
     def _on_reply(
         self, request: Request, message: messages.FromGuest, buffers: Sequence[memoryview]
@@ -374,7 +393,13 @@ class Wrapper:
             if self.sockets.congested:
                 self.supply.pause(until=self.sockets.when_clear)
         else:
-            log.warning("the guest may not publish %s", message.msg_type)
+            self._odd("the guest may not publish this", message)
+
+    def _odd(self, what: str, message: messages.FromGuest) -> None:
+        """Log a message that no correct guest sends; a flood of them ends in silence."""
+        self._oddities += 1
+        if self._oddities <= MOST_ODDITIES:
+            log.warning("%s: %r on %s", what, message.msg_type, message.channel)
 
     def on_kernel_death(self, death: KernelDeath) -> None:
         """The guest kernel ended; the VM and its files are still there."""
