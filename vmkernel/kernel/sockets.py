@@ -45,6 +45,7 @@ class Request:
         self.raw = parts
         """header, parent header, metadata, content: as they came"""
         self.header = _decode_header(parts[0])
+        _decode_header(parts[2])  # goes to the guest as it is, and must be whole
         self.content = _decode_header(parts[3])
         self.buffers = buffers
         self.aborted = False
@@ -88,6 +89,7 @@ class Sockets:
         self._loop = asyncio.get_running_loop()
         self._backlog: list[list[Any]] = []
         self._on_clear: Callable[[], None] | None = None
+        self._retry: asyncio.TimerHandle | None = None
         try:
             self._sockets = {
                 name: self._bind(name, kind)
@@ -174,7 +176,7 @@ class Sockets:
             if self._key and not hmac.compare_digest(signature, self.sign(parts)):
                 raise ValueError("wrong signature")
             return Request(channel, frames[:at], parts, frames[at + 6 :])
-        except (ValueError, msgspec.MsgspecError):
+        except (ValueError, msgspec.MsgspecError, RecursionError):
             # Not from our front end: ipykernel logs and drops it, too.
             self.rejected += 1
             return None
@@ -243,7 +245,7 @@ class Sockets:
             self._sockets["iopub"].send_multipart(message, zmq.NOBLOCK, copy=True)
         except zmq.Again:
             self._backlog.append(message)
-            self._loop.call_later(0.01, self._flush_backlog)
+            self._flush_later()
         self._look_again("iopub")
 
     @property
@@ -255,6 +257,12 @@ class Sockets:
         """Call ``callback`` once subscribers have caught up."""
         self._on_clear = callback
 
+    def _flush_later(self) -> None:
+        """One timer at most: each subscriber that catches up a little asks for one, too."""
+        if self._retry is not None:
+            self._retry.cancel()
+        self._retry = self._loop.call_later(0.01, self._flush_backlog)
+
     def _flush_backlog(self) -> None:
         sent = 0
         try:
@@ -262,11 +270,12 @@ class Sockets:
                 self._sockets["iopub"].send_multipart(message, zmq.NOBLOCK, copy=True)
                 sent += 1
         except zmq.Again:
-            self._loop.call_later(0.01, self._flush_backlog)
+            self._flush_later()
         except KeyError:  # closed
             return
         finally:
             del self._backlog[:sent]
+        self._look_again("iopub")
         if not self._backlog and self._on_clear is not None:
             callback, self._on_clear = self._on_clear, None
             callback()
