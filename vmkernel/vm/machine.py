@@ -35,6 +35,10 @@ _CLOCK_ERROR = 0.02  # seconds by which a guest's clock may be late, at most, wh
 _CLOCK_TRIES = 3  # on a host that is too busy for that
 
 
+_LAST_WORDS = 2.0
+"""Seconds that a QEMU which hung up has to end by itself."""
+
+
 class Spawned(msgspec.Struct):
     """A QEMU that was started, and our ends of its sockets."""
 
@@ -235,7 +239,14 @@ class Vm:
 
     def _on_lost(self, error: ProtocolError | None) -> None:
         """A port was lost: with the process (which is reported by itself), or by a lie."""
-        if error is not None and not self._closed:
+        if self._closed:
+            return
+        if error is None:
+            # A QEMU that ends closes its sockets first; one that goes on is of no use.
+            import asyncio
+
+            asyncio.get_running_loop().call_later(_LAST_WORDS, self.process.kill)
+        else:
             self._broken = VmGuestError(
                 f"The guest broke the protocol and was stopped: {error}",
                 hint="run the cell again in a new VM",

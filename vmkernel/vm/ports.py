@@ -10,12 +10,15 @@ reading (the guest's writes then block), :meth:`Port.drain` waits for a slow gue
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vmkernel.errors import ProtocolError, VmGuestError
 from vmkernel.protocol import frames, messages
+
+log = logging.getLogger("vmkernel")
 
 OnMessage = Callable[[memoryview, list[memoryview]], None]
 OnLost = Callable[[ProtocolError | None], None]
@@ -114,7 +117,11 @@ class Port(asyncio.Protocol):
             for message in self._reader.feed(data):
                 body, buffers = frames.split(message)
                 self._on_message(body, buffers)
-        except ProtocolError as error:
+        except Exception as error:
+            # Were it left to asyncio, it would hang up without a word, and a cell wait for ever.
+            if not isinstance(error, ProtocolError):
+                log.exception("a message on port %s cannot be handled", self.name)
+                error = ProtocolError(f"a message that cannot be handled ({error!r})")
             self._broken = True
             self._on_lost(error)
 
@@ -148,10 +155,7 @@ class AgentPort:
         """Use ``sock``, which becomes ours to close."""
 
         def lost(error: ProtocolError | None) -> None:
-            for call in self._calls.values():
-                if not call.done():
-                    call.set_exception(_gone())
-                    call.exception()  # mark as seen: its waiter may be gone
+            self._fail_calls()
             on_lost(error)
 
         self._port = await Port.open("agent", sock, self._receive, lost)
@@ -187,10 +191,17 @@ class AgentPort:
         return result
 
     def close(self) -> None:
-        """Hang up."""
+        """Hang up; who waits for an answer is told."""
         if self._port is not None:
             self._port.close()
             self._port = None
+        self._fail_calls()
+
+    def _fail_calls(self) -> None:
+        for call in self._calls.values():
+            if not call.done():
+                call.set_exception(_gone())
+                call.exception()  # mark as seen: its waiter may be gone
 
     def _receive(self, body: memoryview, buffers: list[memoryview]) -> None:
         message = messages.decode_from_agent(body)
