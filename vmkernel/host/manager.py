@@ -106,6 +106,7 @@ def begin(settings: Settings, label: Label) -> Started | None:
             return _spawn_clone(settings, spec, template, record, slot)
         except BaseException:
             registry.remove_vm(settings, record.vm_id)
+            _remove_tree(log_dir(settings, record.vm_id))  # the next attempt has its own
             raise
 
 
@@ -204,7 +205,9 @@ class VmStart:
         try:
             await asyncio.shield(closing)
         except asyncio.CancelledError:
-            await asyncio.wait([closing])
+            while not closing.done():  # an impatient user interrupts more than once
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([closing])
             raise
 
     async def _close(self, keep_logs: bool) -> None:
@@ -213,12 +216,14 @@ class VmStart:
             begun.spawned.abandon()
             self.vm_id = begun.record.vm_id
         guest, self._guest = self._guest, None
-        if guest is not None:
-            await guest.close()
-        if self.vm_id:
-            registry.remove_vm(self.settings, self.vm_id)
-            if not keep_logs:
-                _remove_tree(log_dir(self.settings, self.vm_id))
+        try:
+            if guest is not None:
+                await guest.close()
+        finally:
+            if self.vm_id:
+                registry.remove_vm(self.settings, self.vm_id)
+                if not keep_logs:
+                    _remove_tree(log_dir(self.settings, self.vm_id))
 
     async def _start(self, progress: Progress) -> Started:
         settings = self.settings
