@@ -135,7 +135,11 @@ class _Boot:
         )
 
     async def __aenter__(self) -> _Boot:
-        await self.vm.attach(self._console, self._settings.console_log_size << 20)
+        try:
+            await self.vm.attach(self._console, self._settings.console_log_size << 20)
+        except BaseException:
+            await self.vm.close()  # __aexit__ is not called
+            raise
         return self
 
     async def __aexit__(self, *failure: object) -> None:
@@ -293,14 +297,15 @@ def _make_initrd(spec: Spec, work: Path) -> None:
     for path in (tree / "vmkernel", *tree.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
     names = "\0".join(sorted(str(path.relative_to(tree)) for path in tree.rglob("*"))) + "\0"
-    archive = subprocess.run(
-        ["cpio", "--create", "--null", "--format=newc", "--owner=0:0", "--quiet"],
-        cwd=tree, input=names.encode(), capture_output=True, check=False,
-    ).stdout  # fmt: skip
-    if not archive:
+    try:
+        archive = subprocess.run(
+            ["cpio", "--create", "--null", "--format=newc", "--owner=0:0", "--quiet"],
+            cwd=tree, input=names.encode(), capture_output=True, check=True,
+        ).stdout  # fmt: skip
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise TemplateError(
-            "the guest's code could not be packed: cpio failed", hint="sudo apt install cpio"
-        )
+            f"the guest's code could not be packed: {error}", hint="sudo apt install cpio"
+        ) from error
     base = spec.image.initrd.read_bytes()
     (work / "initrd").write_bytes(base + b"\0" * (-len(base) % 4) + archive)
     shutil.rmtree(tree)
@@ -362,6 +367,8 @@ def _sweep(directory: Path, key: str) -> None:
             continue
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(fd), lock.stat()):
+                continue  # the file of an earlier holder: someone may build under a new one
             _remove(left)
             (directory / f".progress-{other}").unlink(missing_ok=True)
             lock.unlink(missing_ok=True)  # by its holder only: see template._BuildLock

@@ -395,6 +395,8 @@ def sha256_sparse(path: Path) -> str:
             file.seek(at)
             while at < end:
                 data = file.read(min(4 << 20, end - at))
+                if not data:  # cut short while we read
+                    break
                 digest.update(data)
                 at += len(data)
     return digest.hexdigest()
