@@ -371,25 +371,25 @@ def _spawn_clone(
         os.close(scratch)
         if state >= 0:
             os.close(state)
-    # QEMU and guest find in their sockets what is next: both get on with it while we import.
-    from vmkernel.vm.loading import request_load
-
-    request_load(spawned.monitor, state)
-    from vmkernel.host.waking import write_ahead
-
-    write_ahead(spawned.kernel)
-    from vmkernel.host.processes import identify
-
-    qemu = identify(spawned.process.pid)
-    record = msgspec.structs.replace(
-        record,
-        slot=slot.index,
-        accelerator=spec.accelerator,
-        qemu_pid=spawned.process.pid,
-        qemu_start=qemu.start_time if qemu else 0,
-        console_log=str(directory / "console.log"),
-    )
     try:
+        # QEMU and guest find in their sockets what is next: both get on with it while we import.
+        from vmkernel.vm.loading import request_load
+
+        request_load(spawned.monitor, state)
+        from vmkernel.host.waking import write_ahead
+
+        write_ahead(spawned.kernel)
+        from vmkernel.host.processes import identify
+
+        qemu = identify(spawned.process.pid)
+        record = msgspec.structs.replace(
+            record,
+            slot=slot.index,
+            accelerator=spec.accelerator,
+            qemu_pid=spawned.process.pid,
+            qemu_start=qemu.start_time if qemu else 0,
+            console_log=str(directory / "console.log"),
+        )
         registry.write_record(settings, record)
     except BaseException:
         spawned.abandon()  # it holds the slot, and nobody would ever end it

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vmkernel import trace
 from vmkernel.errors import VmError
-from vmkernel.kernel.sockets import Request, Sockets
+from vmkernel.kernel.sockets import Sockets
 from vmkernel.kernel.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -32,21 +32,19 @@ async def serve(
     logging.basicConfig(
         level=settings.log_level.upper(), format="[vmkernel] %(levelname)s %(message)s"
     )
-    early: list[Request] = []
-    handler = early.append
     try:
-        sockets = Sockets(connection_file, lambda request: handler(request))  # noqa: PLW0108 - it changes
+        # Nothing is read before the event loop gets its next turn: by then there is a wrapper.
+        sockets = Sockets(connection_file, lambda request: wrapper.on_request(request))  # noqa: PLW0108
     except VmError as error:
         log.critical("%s", error.explain())
         if begun is not None:
-            begun.spawned.abandon()
+            from vmkernel.host.manager import Label, VmStart
+
+            await VmStart(settings, Label(), begun).close()
         return 1
     trace.mark("sockets bound")
     kernel_id = connection_file.stem.removeprefix("kernel-")
     wrapper = Wrapper(settings, sockets, kernel_id, begun, failure)
-    handler = wrapper.on_request
-    for request in early:
-        handler(request)
     loop = asyncio.get_running_loop()
     # Some launchers start children with SIGINT blocked; an interrupt would never come through.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
