@@ -87,6 +87,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
         return {
             "format": FORMAT,
             "image": self.image.digest,
+            "preload": self.image.recipe.preload,  # images are reproducible: the same digest
             "guest": guest_digest(),
             "machine": machine_fingerprint(self.machine()),
             "cmdline": kernel_cmdline(self.accelerator, self.tsc_khz),
