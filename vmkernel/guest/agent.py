@@ -44,9 +44,9 @@ class Agent:
         self._outputs: dict[str, int] = {}
         self._status = -1
         self._oom_kills = 0
-        self._signal_read, signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(signal_write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._signal_write, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
 
@@ -96,9 +96,14 @@ class Agent:
         pid = os.fork()
         if pid == 0:
             try:
+                # Standard input is at its end: the console is no place for user code to wait at
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 os.dup2(out[1], 1)
                 os.dup2(err[1], 2)
                 become_user()
+                # What a fork inherits but user code must not have: the agent's own way to the host
+                for fd in (self.port.fd, self._signal_read, self._signal_write, status):
+                    os.close(fd)
                 run_engine(self.kernel_port, dict(self._outputs), status_write, marker)
                 os._exit(0)
             except BaseException:
@@ -223,6 +228,9 @@ def become_user() -> None:
     # A process that changed its uid is not dumpable: /proc/self would belong to root
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
     os.environ.update(USER=USER, LOGNAME=USER, SHELL="/bin/bash", HOME=user.pw_dir)
+    if os.listdir("/sys/class/net") == ["lo"]:
+        # Without a network pip is to say so at once: one retry, which names the cause
+        os.environ.update(PIP_RETRIES="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
     os.umask(0o022)
     os.chdir(user.pw_dir)
 

@@ -68,6 +68,7 @@ class PortSession(Session):
     """A Jupyter session that hands messages to the port instead of signing them."""
 
     port: Port
+    pump: OutputPump
     owner_pid: int
 
     def send(
@@ -108,7 +109,10 @@ class PortSession(Session):
             message["metadata"],
             message["content"],
         ]
+        self.pump.settle()
         self.port.queue(encode_body(body), tuple(buffers or ()))
+        if stream == "iopub":
+            self.pump.wake()  # what is shown in the middle of a long cell must not wait for its end
         return message
 
 
@@ -208,6 +212,7 @@ class Engine:
 
     def _build_kernel(self) -> None:
         PortSession.port = self.port
+        PortSession.pump = self.pump
         PortSession.owner_pid = os.getpid()
         session = PortSession(username="user")
         for name, fd in (("stdout", 1), ("stderr", 2)):
@@ -258,8 +263,7 @@ class Engine:
                 break
             except KeyboardInterrupt:
                 continue  # an interrupt that came too late for its cell
-        sys.stdout.flush()
-        sys.stderr.flush()
+        self.pump.publish()
         self.port.flush()
 
     def _prepare(self, on_ready: Any, warm_up: bool) -> None:
@@ -310,8 +314,7 @@ class Engine:
         try:
             yield
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            self.pump.publish()
             self.port.discard()
             self.port.muted = False
             hook.cache_size = size

@@ -4,8 +4,10 @@ Three sources end up in the same place: Python's ``sys.stdout``, the file descri
 and 2 (subprocesses and C code write there), and processes that the user's code forked.
 Output is coalesced as ipykernel does, since Jupyter servers drop messages above 1,000 a
 second: it is published when the cell ends, when enough has come together, or
-``FLUSH_INTERVAL`` after it was written, whichever is first.  One thread serves both the
-timer and the descriptors, and sleeps while nothing is written.
+``FLUSH_INTERVAL`` after it was written, whichever is first.  A flush settles the order of
+what is sent, and makes no message of its own: a loop of ``print(..., flush=True)`` would
+be a flood.  One thread serves both the timer and the descriptors, and sleeps while nothing
+is written.
 """
 
 from __future__ import annotations
@@ -29,6 +31,9 @@ FLUSH_INTERVAL = 0.1
 FLUSH_CHARACTERS = 256 << 10
 """Publish at once when this much has come together."""
 READ_SIZE = 64 << 10
+LOOK_INTERVAL = 0.001
+"""Seconds after which a write looks for what children and C code wrote before it; no child
+starts and ends in less."""
 
 Publish = Callable[[str, str, dict[str, Any]], None]
 """publish(name, text, parent header)"""
@@ -59,9 +64,10 @@ class PortStream(OutStream):
         )
         self._parent_header.set({})
         self._parent_header_global: dict[str, Any] = {}
-        self._lock = threading.RLock()
+        self._lock = pump.lock
         self._texts: list[str] = []
         self._size = 0
+        self._child_text = ""
         self._parent: dict[str, Any] = {}
 
     def fileno(self) -> int:
@@ -83,17 +89,26 @@ class PortStream(OutStream):
             raise TypeError(f"write() argument must be str, not {type(string)}")
         if os.getpid() != self._master_pid:
             # A forked child has no port: its parent reads the descriptor.
-            data = string.encode(errors="surrogateescape")
-            while data:
-                data = data[os.write(self._fd, data) :]
+            self._child_text += string
+            if "\n" in string:  # whole lines, or those of several children would mix
+                self._write_in_child()
             return len(string)
         if string:
+            self._pump.look()
             self.add(string, self.parent_header)
         return len(string)
+
+    def _write_in_child(self) -> None:
+        data = self._child_text.encode(errors="surrogateescape")
+        self._child_text = ""
+        while data:
+            data = data[os.write(self._fd, data) :]
 
     def add(self, text: str, parent: dict[str, Any]) -> None:
         """Add text that belongs to the request with header ``parent``."""
         with self._lock:
+            if self._pump.flushed is not self:
+                self._pump.settle()
             if self._texts and parent is not self._parent and parent != self._parent:
                 self.flush_buffer()
             first = not self._texts
@@ -106,11 +121,15 @@ class PortStream(OutStream):
                 self._pump.wake()
 
     def flush(self) -> None:
-        """Publish now what was written, by way of the descriptor too."""
+        """What was written, by way of the descriptor too, will come before all that follows."""
         if os.getpid() != self._master_pid:
+            self._write_in_child()
             return
         self._pump.drain()
-        self.flush_buffer()
+        with self._lock:
+            if self._texts and self._pump.flushed is not self:
+                self._pump.settle()
+                self._pump.flushed = self
 
     def flush_buffer(self) -> None:
         """Publish now what is in the buffer."""
@@ -131,6 +150,11 @@ class OutputPump:
         self._fds = read_fds
         self._flush_port = flush_port
         self.streams: dict[str, PortStream] = {}
+        self.lock = threading.RLock()
+        """Of all streams' buffers."""
+        self.flushed: PortStream | None = None
+        """Whose buffer goes out before anything else that is sent."""
+        self._looked = 0.0
         self._lock = threading.Lock()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._awake = False
@@ -148,8 +172,29 @@ class OutputPump:
             self._awake = True
             os.eventfd_write(self._event, 1)
 
+    def settle(self) -> None:
+        """Publish what was flushed: something else is about to be sent."""
+        if self.flushed is not None:
+            with self.lock:
+                stream, self.flushed = self.flushed, None
+                if stream is not None:
+                    stream.flush_buffer()
+
+    def publish(self) -> None:
+        """Publish all that was written so far."""
+        self.drain()
+        self.settle()
+        for stream in self.streams.values():
+            stream.flush_buffer()
+
+    def look(self) -> None:
+        """Drain the descriptors, if the last time was long enough ago for something to be there."""
+        if time.monotonic() - self._looked > LOOK_INTERVAL:
+            self.drain()
+
     def drain(self) -> None:
         """Move what the descriptors hold into the streams' buffers."""
+        self._looked = time.monotonic()
         for name, fd in self._fds.items():
             if _readable(fd):
                 self._read(name, fd)
@@ -191,6 +236,7 @@ class OutputPump:
             if deadline and time.monotonic() >= deadline:
                 deadline = 0.0
                 self._awake = False
+                self.settle()
                 for stream in self.streams.values():
                     stream.flush_buffer()
                 self._flush_port()
