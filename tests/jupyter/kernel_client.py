@@ -124,7 +124,9 @@ class Client:
     """One front end of a kernel."""
 
     def __init__(self, manager: KernelManager) -> None:
-        self.raw: BlockingKernelClient = manager.client()
+        # Not manager.client(): its clients share one identity, as no two front ends do.
+        self.raw = BlockingKernelClient(parent=manager)
+        self.raw.load_connection_info(manager.get_connection_info())
         self.raw.start_channels()
         self._cells: dict[str, Cell] = {}
         self._poller = zmq.Poller()
@@ -228,6 +230,7 @@ class Kernel(Client):
         ready: bool = True,
         **start_options: Any,
     ) -> None:
+        self._shut_down = False
         self.manager = KernelManager(kernel_name=name)
         self.manager.start_kernel(env={**kernel_environment(), **(env or {})}, **start_options)
         try:
@@ -248,9 +251,11 @@ class Kernel(Client):
         return int(self.manager.provisioner.pid)
 
     def shut_down(self) -> None:
-        """Ask the kernel to end, and wait for it; forceful when it does not."""
-        self.close()
-        self.manager.shutdown_kernel()
+        """Ask the kernel to end, and wait for it; forceful when it does not.  May be repeated."""
+        if not self._shut_down:
+            self._shut_down = True
+            self.close()
+            self.manager.shutdown_kernel(now=not self.manager.is_alive())
 
     @contextmanager
     def another_client(self) -> Iterator[Client]:

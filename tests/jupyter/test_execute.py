@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from kernel_client import Cell, Kernel
+from kernel_client import Kernel
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
@@ -104,7 +104,7 @@ def test_errors_that_chain_and_group(kernel: Kernel) -> None:
     assert "ZeroDivisionError" in cell.traceback
     cell = kernel.run("raise ExceptionGroup('several', [ValueError(1), TypeError(2)])")
     assert cell.reply["ename"] == "ExceptionGroup"
-    assert "TypeError: 2" in cell.stdout  # IPython prints these
+    assert "TypeError: 2" in cell.stderr  # IPython prints these
 
 
 def test_an_error_aborts_what_is_queued(kernel: Kernel) -> None:
@@ -306,7 +306,8 @@ def test_pip_without_a_network_says_so(kernel: Kernel) -> None:
     cell = kernel.run("%pip install --no-input surely-no-such-package", seconds=200)
     assert cell.stdout + cell.stderr
     text = (cell.stdout + cell.stderr).lower()
-    assert "no matching distribution" in text or "no module named pip" in text
+    assert "no matching distribution" in text
+    assert "name resolution" in text
     assert cell.times[-1] < 100
 
 
@@ -368,11 +369,13 @@ def test_wrongly_signed_messages_are_dropped(kernel: Kernel) -> None:
     assert not forged.replies
 
 
-@pytest.mark.parametrize("code", ["exit", "quit()", "exit(keep_kernel=True)"])
-def test_exit(kernel: Kernel, code: str) -> None:
-    """Asks the front end to end the kernel; the kernel itself ends when there is none to ask."""
-    cell: Cell = kernel.run(code)
+def test_exit(kernel: Kernel) -> None:
+    """The last test of this module: it ends the kernel, as it does plain ipykernel."""
+    cell = kernel.run("exit(keep_kernel=True)")
+    assert cell.reply["payload"] == [{"source": "ask_exit", "keepkernel": True}]
+    kernel.listen(1)
+    assert kernel.run("1 + 1").result == "2"
+    cell = kernel.run("exit")
     assert cell.status == "ok"
-    (payload,) = cell.reply["payload"]
-    assert payload["source"] == "ask_exit"
-    assert payload["keepkernel"] is ("keep_kernel" in code)
+    assert cell.reply["payload"] == [{"source": "ask_exit", "keepkernel": False}]
+    assert kernel.manager.provisioner.process.wait(20) == 0

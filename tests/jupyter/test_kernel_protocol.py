@@ -5,6 +5,7 @@ from __future__ import annotations
 import jupyter_kernel_test
 import pytest
 
+# ruff: noqa: RUF012, PT009  (the suite's own style: a unittest class with plain attributes)
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
 
