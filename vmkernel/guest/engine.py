@@ -43,7 +43,8 @@ from vmkernel.protocol import frames, messages
 # The debugger needs a control thread of its own; a later version brings it.
 ipykernel.debugger._is_debugpy_available = False
 
-_encode = msgspec.json.Encoder(enc_hook=json_default, decimal_format="number").encode
+# Decimals become strings: as numbers, NaN and Infinity would be no JSON, which ends the VM
+_encode = msgspec.json.Encoder(enc_hook=json_default).encode
 
 
 WARM_UP = (
@@ -180,8 +181,7 @@ class PortKernel(IPythonKernel):
     def _input_request(
         self, prompt: str, ident: Any, parent: dict[str, Any], password: bool = False
     ) -> str:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        PortSession.pump.publish()
         content = {"prompt": prompt, "password": password}
         self.session.send("stdin", "input_request", content, parent)
         self.port.flush()
@@ -204,6 +204,7 @@ class Engine:
         self._requests: list[tuple[messages.ToGuest, list[memoryview]]] = []
         self._inputs: list[str] = []
         self._awake = False
+        self._reading = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
         self._build_kernel()
@@ -250,7 +251,7 @@ class Engine:
 
         ``warm_up``: run the usual code paths first, for a template to be saved.
         """
-        loop = asyncio.new_event_loop()
+        loop = self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
         self.interrupts.install()
         faulthandler.enable(file=2)  # what it prints is shown with the news of the death
@@ -332,22 +333,25 @@ class Engine:
             task.add_done_callback(self._tasks.discard)
 
     def _receive(self) -> None:
-        for message in self.port.receive():
-            body, buffers = frames.split(message)
-            request = messages.decode(body, messages.ToGuest)
-            if request.channel == "stdin":
-                content = msgspec.json.decode(request.content, type=dict[str, Any])
-                self._inputs.append(str(content.get("value", "")))
-            else:
-                self._requests.append((request, buffers))
+        with self._reading:
+            for message in self.port.receive():
+                body, buffers = frames.split(message)
+                request = messages.decode(body, messages.ToGuest)
+                if request.channel == "stdin":
+                    content = msgspec.json.decode(request.content, type=dict[str, Any])
+                    self._inputs.append(str(content.get("value", "")))
+                else:
+                    self._requests.append((request, buffers))
 
     def _wait_for_input(self) -> str:
         self._inputs.clear()  # what was typed for an earlier, interrupted question
+        # In a thread: the loop may take the answer in, or the thread a request meant for the loop
+        in_main = threading.current_thread() is threading.main_thread()
         while not self._inputs:
-            self.port.wait()
+            self.port.wait(None if in_main else 0.05)
             self._receive()
-        if self._requests:  # arrived meanwhile; served when this cell is done
-            asyncio.get_running_loop().call_soon(self._on_readable)
+            if self._requests:  # served when this cell is done
+                self._loop.call_soon_threadsafe(self._on_readable)
         return self._inputs.pop(0)
 
     async def _serve(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
@@ -387,8 +391,7 @@ class Engine:
             self.interrupts.armed = False
             if kernel.get_parent("shell").get("msg_id") != request.msg_id:
                 kernel.set_parent([], message, "shell")
-            sys.stdout.flush()
-            sys.stderr.flush()
+            self.pump.publish()  # not sys.stdout, which may be the user's, or None
             kernel.session.send("iopub", "status", {"execution_state": "idle"}, message)
             self.port.flush()
 

@@ -149,6 +149,6 @@ class Port:
             self._interrupts.release()
         return messages
 
-    def wait(self) -> None:
+    def wait(self, timeout: float | None = None) -> None:
         """Sleep until there is something to receive; a KeyboardInterrupt ends it."""
-        select.select([self.fd], [], [])
+        select.select([self.fd], [], [], timeout)
