@@ -45,6 +45,9 @@ _PROBE_IS_DEAD = 3600.0
 # Where a boot under emulation spends its time (measured, datascience recipe): shares of the bar.
 _AT_HELLO = 0.35
 _AT_READY = 0.9
+# MiB with which a guest that does not boot has something else to complain of.
+_ENOUGH_MEMORY = 384
+_TOO_SMALL = "The guest has too little memory to boot: set VMKERNEL_MEMORY higher, say 1G"
 
 
 async def build_template(
@@ -153,7 +156,6 @@ class _Boot:
             async with asyncio.timeout(timeout):
                 return await asyncio.shield(self._stages[stage])
         except TimeoutError as error:
-            self.vm.process.kill()
             failure = await self.vm.failed(
                 f"The guest did not get to {stage!r} within {timeout:g} s"
             )
@@ -162,6 +164,8 @@ class _Boot:
                 "Is the host overloaded? VMKERNEL_BOOT_TIMEOUT gives it more time; "
                 "`vmkernel doctor` checks the rest"
             )
+            if self.vm.machine.memory_mib < _ENOUGH_MEMORY:
+                failure.hint = f"{_TOO_SMALL}. {failure.hint}"
             raise failure from error
 
     def _on_event(self, event: messages.FromAgent) -> None:
@@ -184,7 +188,7 @@ class _Boot:
             if not stage.done():
                 boot = VmBootError(
                     f"The guest did not boot. {error.message}",
-                    hint=_boot_hint(error),
+                    hint=_boot_hint(error, self.vm.machine.memory_mib),
                     log_path=self._console,
                 )
                 stage.set_exception(boot)
@@ -195,10 +199,12 @@ class _Boot:
             self._stages[stage].set_result(value)
 
 
-def _boot_hint(error: VmError) -> str:
+def _boot_hint(error: VmError, memory: int) -> str:
     text = error.message.lower()
-    if "out of memory" in text or "memoryerror" in text or "no space" in text or "oom" in text:
-        return "The guest has too little memory to boot: set VMKERNEL_MEMORY higher, say 1G"
+    # With very little the guest dies without a word, with a bit more it says so when it does.
+    signs = ("out of memory", "deadlocked on memory", "memoryerror", "no space", "oom")
+    if memory < _ENOUGH_MEMORY or any(sign in text for sign in signs):
+        return _TOO_SMALL
     return error.hint or "Run `vmkernel doctor`"
 
 

@@ -179,6 +179,8 @@ class QemuProcess:
             how = "QEMU is still running"
         elif self.returncode < 0:
             how = f"QEMU was ended by signal {-self.returncode}"
+        elif self.returncode == 0:
+            how = "the guest stopped or restarted"  # see -no-reboot
         else:
             how = f"QEMU ended with status {self.returncode}"
         message = f"{what}: {how}" + (f"\n{words}" if words else " without a word")
