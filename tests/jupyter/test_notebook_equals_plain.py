@@ -125,6 +125,7 @@ def test_a_notebook_of_real_work_has_the_same_outputs(
 ) -> None:
     # Under pytest ipykernel does not read descriptors 1 and 2, and would show no child's output.
     monkeypatch.delenv("PYTEST_CURRENT_TEST")
+    monkeypatch.delenv("MPLBACKEND")  # figures in the notebook, as for everyone
     book = notebook(NOTEBOOKS / "real_work.ipy")
     assert len(book.cells) >= 30
     ours = execute(book, datascience_kernel, tmp_path)

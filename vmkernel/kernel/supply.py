@@ -211,11 +211,8 @@ class GuestSupply:
                 on_end=lambda error: self._on_end(start, error),
                 progress=self._progress,
             )
-        except VmError as error:
-            self.failed = error
-            self._start = None
-            raise
-        except asyncio.CancelledError:
+        except BaseException as error:
+            self.failed = error if isinstance(error, VmError) else None
             self._start = None
             raise
         assert start.template is not None

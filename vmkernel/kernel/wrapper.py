@@ -56,6 +56,14 @@ class InterruptedWait(Exception):  # noqa: N818 - no error, a wish
     """The user interrupted what the wrapper was waiting for."""
 
 
+def _unexpected(error: Exception) -> VmError:
+    return VmError(
+        f"vmkernel failed in a way it should not: {type(error).__name__}: {error}",
+        hint="run the cell again; please report this with the Jupyter server's log",
+        code_ran="unknown",
+    )
+
+
 class Wrapper:
     """The kernel as a front end sees it.  ``await run()`` returns the exit status."""
 
@@ -143,6 +151,9 @@ class Wrapper:
                 await self._serve(request)
             except VmError as error:
                 self._fail(request, local.explain(error))
+            except Exception as error:  # our bug: it costs this cell, not the kernel
+                log.exception("%r could not be served", request)
+                self._fail(request, local.explain(_unexpected(error)))
             finally:
                 self._current = None
                 self._input = None
@@ -371,7 +382,10 @@ class Wrapper:
                 self._execution_count = count
             payload = content.get("payload")
             if isinstance(payload, list) and any(
-                isinstance(item, dict) and item.get("source") == "ask_exit" for item in payload
+                isinstance(item, dict)
+                and item.get("source") == "ask_exit"
+                and not item.get("keepkernel")
+                for item in payload
             ):
                 self._exit_asked = True
         self.sockets.reply(request, message.msg_type, content, message.metadata, buffers)

@@ -13,9 +13,10 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import msgspec
 
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 # Seconds after which a probe's directory, which is used for 15, was left behind by a killed one.
 _PROBE_IS_DEAD = 3600.0
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # Where a boot under emulation spends its time (measured, datascience recipe): shares of the bar.
 _AT_HELLO = 0.35
 _AT_READY = 0.9
@@ -67,11 +71,11 @@ async def build_template(
         with disk_errors(directory):
             work.mkdir(mode=0o700)
             _require_space(spec, directory)
-            _prepare_files(spec, work)
+            await _in_thread(_prepare_files, spec, work)
         kernel_info = await _boot_and_freeze(spec, settings, work, tell)
         with disk_errors(directory):
             tell("writing the template", 0.93)
-            manifest = _finish(spec, target.name, work, kernel_info)
+            manifest = await _in_thread(_finish, spec, target.name, work, kernel_info)
             if target.exists():  # damaged; running clones keep their open files
                 _remove(target.rename(work.with_name(f"{work.name}-old")))
             work.rename(target)
@@ -95,11 +99,24 @@ async def prove_accelerator(spec: Spec, settings: Settings, timeout: float) -> N
         work = Path(tempfile.mkdtemp(prefix=".probe-", dir=settings.cache_dir))
     try:
         with disk_errors(settings.cache_dir):
-            _prepare_files(spec, work)
+            await _in_thread(_prepare_files, spec, work)
         async with _Boot(spec, settings, work) as boot:
             await boot.reach("hello", timeout)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+async def _in_thread(work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Run slow work beside the event loop, which has a front end to answer.
+
+    Waits for its end even when it is cancelled: the caller then removes the files it works on.
+    """
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 class _Boot:
@@ -124,10 +141,12 @@ class _Boot:
             ram_share=True,
             incoming=False,
         )
-        self._console = settings.state_dir / "boot-console.log"
-        self._console.parent.mkdir(parents=True, exist_ok=True)
+        logs = settings.state_dir / "logs" / f"boot-{os.getpid()}"
+        self._console = logs / "console.log"
         try:
-            spawned = spawn(machine, settings.state_dir)
+            with disk_errors(logs):
+                logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            spawned = spawn(machine, logs)
         finally:
             os.close(scratch_fd)
         self.vm = Vm(
@@ -149,6 +168,8 @@ class _Boot:
         for stage in self._stages.values():
             stage.cancel()
         await self.vm.close()
+        if failure[0] is None:
+            shutil.rmtree(self._console.parent, ignore_errors=True)
 
     async def reach(self, stage: str, timeout: float) -> Any:
         """Wait for a stage; its message.  Raises VmBootError."""

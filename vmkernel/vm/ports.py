@@ -3,8 +3,9 @@
 A port is one end of a socket pair whose other end QEMU inherited: it has no name in the
 file system, so nobody else can connect to it, and it is gone with either process.  What
 comes in is hostile: :mod:`vmkernel.protocol` cuts and checks it, and a peer that breaks
-the protocol is cut off for good.  Back-pressure goes both ways: :meth:`Port.pause` stops
-reading (the guest's writes then block), :meth:`Port.drain` waits for a slow guest.
+the protocol is cut off for good.  :meth:`Port.pause` is the back-pressure: it stops reading,
+and the guest's writes block.  What a guest does not take yet is kept here; that is bounded by
+what a front end sends, one request at a time.
 """
 
 from __future__ import annotations
@@ -34,8 +35,6 @@ class Port(asyncio.Protocol):
         self._on_lost = on_lost
         self._reader = frames.FrameReader()
         self._transport: asyncio.Transport | None = None
-        self._writable = asyncio.Event()
-        self._writable.set()
         self._broken = False
 
     def __repr__(self) -> str:
@@ -62,7 +61,7 @@ class Port(asyncio.Protocol):
         return self._transport is not None and not self._broken
 
     def send(self, body: bytes, buffers: Sequence[frames.Piece] = ()) -> None:
-        """Write a message; what the guest does not take yet is kept.  See :meth:`drain`.
+        """Write a message; what the guest does not take yet is kept.
 
         Raises VmGuestError when the port is closed, ProtocolError when it is too large.
         """
@@ -79,10 +78,6 @@ class Port(asyncio.Protocol):
             self._broken = False
             self._reader.resync(marker)
             self._transport.write(marker)
-
-    async def drain(self) -> None:
-        """Wait until the guest has taken most of what was sent."""
-        await self._writable.wait()
 
     def pause(self) -> None:
         """Stop reading; the guest's writes block."""
@@ -128,18 +123,9 @@ class Port(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed, by us or by QEMU's end."""
         self._transport = None
-        self._writable.set()
         if not self._broken:
             self._broken = True
             self._on_lost(None)
-
-    def pause_writing(self) -> None:
-        """The guest reads slower than we write."""
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        """The guest has caught up."""
-        self._writable.set()
 
 
 class AgentPort:
