@@ -35,6 +35,7 @@ from ipykernel.ipkernel import IPythonKernel
 from jupyter_client.session import Session, extract_header, json_default
 from traitlets.config import Config
 
+from vmkernel.guest.lean import Shortcuts
 from vmkernel.guest.port import Interrupts, Port
 from vmkernel.guest.streams import OutputPump, PortStream
 from vmkernel.guest.wake import reseed_process
@@ -223,6 +224,10 @@ class Engine:
             setattr(sys, name, stream)
         config = Config()
         config.HistoryManager.hist_file = ":memory:"
+        if is_emulated():
+            # jedi takes five seconds for a completion there; IPython's own completer looks at the
+            # live objects, too.  `%config Completer.use_jedi = True` brings it back
+            config.IPCompleter.use_jedi = False
         # What plain ipykernel's app sets up (ipykernel.kernelapp, init_shell and friends)
         config.IPKernelApp.connection_file = ""
         log = logging.getLogger("vmkernel")
@@ -237,6 +242,7 @@ class Engine:
         shell.displayhook.pub_socket = "iopub"
         shell.display_pub.pub_socket = "iopub"
         shell.configurables.append(self.kernel)
+        self._shortcuts = Shortcuts(shell)
         # The kernel's own names must not show up in %who
         shell.user_ns_hidden.update(shell.user_ns)
 
@@ -375,6 +381,7 @@ class Engine:
             "content": msgspec.json.decode(request.content),
             "buffers": buffers,
         }
+        self._shortcuts.forget()
         try:
             kernel.set_parent([], message, "shell")
             handler = kernel.shell_handlers.get(request.msg_type)
@@ -425,6 +432,12 @@ def _as_received(msg_type: str, header: msgspec.Raw, content: bytes) -> messages
     empty = msgspec.Raw(b"{}")
     request = messages.ToGuest("shell", "m", msg_type, header, empty, msgspec.Raw(content))
     return messages.decode(messages.encode_json(request), messages.ToGuest)
+
+
+def is_emulated() -> bool:
+    """Whether this machine's processor is QEMU's emulation (TCG) and not a real one (KVM)."""
+    with open("/proc/cpuinfo") as file:
+        return "QEMU TCG" in file.read(4096)
 
 
 def prepare_user_site() -> None:
