@@ -280,6 +280,19 @@ def test_the_editors_questions_are_answered(
     assert answers[0].content[field]
 
 
+@pytest.mark.parametrize("jedi", [True, False])
+def test_an_attribute_is_completed_without_its_dot(engine: Engine, jedi: bool) -> None:
+    engine.run(f"import os\n%config Completer.use_jedi = {jedi}")
+    answers = engine.until_idle(
+        engine.send("complete_request", {"code": "os.pardi", "cursor_pos": 8})
+    )
+    content = answers[0].content
+    assert content["matches"] == ["pardir"]
+    assert (content["cursor_start"], content["cursor_end"]) == (3, 8)
+    item = content["metadata"]["_jupyter_types_experimental"][0]
+    assert (item["text"], item["start"]) == ("pardir", 3)
+
+
 def test_a_dead_kernel_closes_its_port() -> None:
     engine = Engine()
     try:

@@ -160,6 +160,17 @@ class PortKernel(IPythonKernel):
     def _abort_queues(self, subshell_id: str | None = None) -> None:
         """Nothing is queued here: the host aborts what it holds."""
 
+    def do_complete(self, code: str, cursor_pos: int | None) -> Any:
+        """As the base class; an attribute is completed without its dot, as jedi does it."""
+        reply = super().do_complete(code, cursor_pos)
+        if reply["matches"] and all(match.startswith(".") for match in reply["matches"]):
+            reply["matches"] = [match[1:] for match in reply["matches"]]
+            reply["cursor_start"] += 1
+            for item in reply["metadata"].get("_jupyter_types_experimental", ()):
+                item["text"] = item["text"][1:]
+                item["start"] += 1
+        return reply
+
     def do_history(self, hist_access_type: str, output: bool, raw: bool, **query: Any) -> Any:
         """As the base class, and the current session has its number, not 0."""
         reply = super().do_history(hist_access_type, output, raw, **query)
