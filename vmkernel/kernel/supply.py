@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("vmkernel")
 
 Show = Callable[[str], None]
+OLD_NEWS = 2.0
+"""Seconds after which a failed start that nobody has heard of may be tried again."""
 CLOCK_SLACK = 0.5
 """Seconds by which the clocks' difference may change before the guest's clock is set again."""
 
@@ -72,11 +74,12 @@ class GuestSupply:
         self._info: dict[str, Any] | None = None
         self._accelerator = ""
         self._started_at = 0.0
+        self._failed_at = 0.0
         self._clock = 0.0
         self._closing: set[asyncio.Task[None]] = set()
 
     def start_early(self) -> None:
-        """Begin a start before anyone asks; its failure is told to the first who does."""
+        """Begin a start before anyone asks; its failure is told to the first who does, if soon."""
         self._starting = asyncio.create_task(self._bring_up())
         self._starting.add_done_callback(_seen)
 
@@ -90,7 +93,7 @@ class GuestSupply:
         if self.current is not None:
             await self._keep_time(self.current)
             return self.current
-        if self._starting is None:
+        if self._starting is None or self._is_old_news():
             self._starting = asyncio.create_task(self._bring_up())
             self._starting.add_done_callback(_seen)
         starting = self._starting
@@ -108,6 +111,16 @@ class GuestSupply:
             self._show = None
             if starting.done() and self._starting is starting:
                 self._starting = None
+
+    def _is_old_news(self) -> bool:
+        """Whether a start failed before anyone asked, longer ago than it would take to try again.
+
+        What was in its way may be gone: a slot is free by now, an image was built.
+        """
+        if self._starting is None or not self._starting.done() or self.failed is None:
+            return False
+        took = self._failed_at - self._started_at
+        return time.monotonic() - self._failed_at > max(took, OLD_NEWS)
 
     def kernel_died(self) -> None:
         """The guest kernel is gone: put a new one into the same VM."""
@@ -203,6 +216,7 @@ class GuestSupply:
             self._info = begun.template.manifest.kernel_info
         start = self._start = VmStart(self._settings, self._label, begun)
         self.failed = None
+        self._started_at = time.monotonic()
         self._text = ""
         try:
             guest = await start.guest(
@@ -213,6 +227,7 @@ class GuestSupply:
             )
         except BaseException as error:
             self.failed = error if isinstance(error, VmError) else None
+            self._failed_at = time.monotonic()
             self._start = None
             raise
         assert start.template is not None
