@@ -173,3 +173,16 @@ class TestOneSlot:
             assert waiter.run("6 * 7").result == "42"
         finally:
             waiter.shut_down()
+
+    def test_a_wait_that_ended_before_anyone_asked_is_no_answer_to_who_asks_later(
+        self, spec: str, env: dict[str, str], holder: Kernel, host: VmHost
+    ) -> None:
+        waiter = Kernel(spec, env={**env, "VMKERNEL_QUEUE_TIMEOUT": "0.5"})
+        try:
+            time.sleep(1.5)
+            assert seconds_until(lambda: host.slots().waiting == 0, 30) < 30
+            holder.shut_down()
+            time.sleep(2.5)
+            assert waiter.run("6 * 7").result == "42"
+        finally:
+            waiter.shut_down()

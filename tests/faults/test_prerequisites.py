@@ -359,6 +359,20 @@ def _check_command(command: subprocess.CompletedProcess[str], fault: Fault) -> N
         assert not missing, checks
 
 
+def test_with_nothing_missing_the_command_starts_a_vm_and_ends_it(
+    spec: str, module_host: VmHost
+) -> None:
+    command = module_host.cli("doctor", "--start", "--json")
+    assert command.returncode == 0, command.stdout
+    start = json.loads(command.stdout)["start"]
+    steps = [step["what"] for step in start["steps"]]
+    assert steps == ["QEMU started", "guest awake", "1 + 1 is 2", "VM ended"]
+    assert all(step["seconds"] > 0 for step in start["steps"])
+    assert start["vm"].startswith("minimal, 512 MiB, ")
+    assert module_host.left() == []
+    assert module_host.records() == []
+
+
 def test_a_full_disk_for_logs_costs_the_logs_only(
     spec: str, module_host: VmHost, work: Workshop
 ) -> None:
