@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import pexpect
 import pytest
-
 from kernel_client import PATIENCE, kernel_environment
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
@@ -62,7 +61,7 @@ def test_input_is_asked_in_the_terminal(console: pexpect.spawn[str]) -> None:
 
 
 def test_control_c_ends_a_loop(console: pexpect.spawn[str]) -> None:
-    console.sendline("print('run' + 'ning')\nwhile True: pass\n")
+    console.sendline("exec(\"print('run' + 'ning')\\nwhile True: pass\")")
     console.expect("running")
     console.sendintr()
     console.expect("KeyboardInterrupt")
