@@ -178,6 +178,15 @@ class PortKernel(IPythonKernel):
         reply["history"] = [(session or current, *rest) for session, *rest in reply["history"]]
         return reply
 
+    @functools.wraps(IPythonKernel.do_execute)
+    async def do_execute(self, *args: Any, **options: Any) -> Any:
+        """As the base class; while it lasts, a flush sends at once."""
+        self.session.pump.eager = True
+        try:
+            return await super().do_execute(*args, **options)
+        finally:
+            self.session.pump.eager = False
+
     @contextmanager
     def _cancel_on_sigint(self, future: asyncio.Future[Any]) -> Iterator[None]:
         """Cancel a top-level await on SIGINT, also when the loop sleeps (ipykernel#881)."""

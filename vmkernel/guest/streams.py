@@ -4,10 +4,10 @@ Three sources end up in the same place: Python's ``sys.stdout``, the file descri
 and 2 (subprocesses and C code write there), and processes that the user's code forked.
 Output is coalesced as ipykernel does, since Jupyter servers drop messages above 1,000 a
 second: it is published when the cell ends, when enough has come together, or
-``FLUSH_INTERVAL`` after it was written, whichever is first.  A flush settles the order of
-what is sent, and makes no message of its own: a loop of ``print(..., flush=True)`` would
-be a flood.  One thread serves both the timer and the descriptors, and sleeps while nothing
-is written.
+``FLUSH_INTERVAL`` after it was written, whichever is first.  A flush sends at once, so that
+the words before a crash are heard; but not too often, or a loop of ``print(..., flush=True)``
+would be a flood: then it settles the order of what is sent, and no more.  One thread serves
+both the timer and the descriptors, and sleeps while nothing is written.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ FLUSH_INTERVAL = 0.1
 """Seconds that output waits for more of its kind while a cell runs."""
 FLUSH_CHARACTERS = 256 << 10
 """Publish at once when this much has come together."""
+FLUSHES = 40
+"""How many flushes in one ``FLUSH_INTERVAL`` send at once."""
 READ_SIZE = 64 << 10
 LOOK_INTERVAL = 0.001
 """Seconds after which a write looks for what children and C code wrote before it; no child
@@ -127,9 +129,14 @@ class PortStream(OutStream):
             return
         self._pump.drain()
         with self._lock:
-            if self._texts and self._pump.flushed is not self:
+            if not self._texts:
+                return
+            if self._pump.flushed is not self:
                 self._pump.settle()
                 self._pump.flushed = self
+            if self._pump.may_send():
+                self._pump.settle()
+                self._pump.flush_port()
 
     def flush_buffer(self) -> None:
         """Publish now what is in the buffer."""
@@ -148,13 +155,17 @@ class OutputPump:
 
     def __init__(self, read_fds: dict[str, int], flush_port: Callable[[], None]) -> None:
         self._fds = read_fds
-        self._flush_port = flush_port
+        self.flush_port = flush_port
         self.streams: dict[str, PortStream] = {}
         self.lock = threading.RLock()
         """Of all streams' buffers."""
         self.flushed: PortStream | None = None
         """Whose buffer goes out before anything else that is sent."""
+        self.eager = False
+        """Whether user code runs: when it has ended, all is sent together, in one write."""
         self._looked = 0.0
+        self._counted_from = 0.0
+        self._flushes = 0
         self._lock = threading.Lock()
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._awake = False
@@ -179,6 +190,16 @@ class OutputPump:
                 stream, self.flushed = self.flushed, None
                 if stream is not None:
                     stream.flush_buffer()
+
+    def may_send(self) -> bool:
+        """Whether a flush may send at once; counts it."""
+        if not self.eager:
+            return False
+        now = time.monotonic()
+        if now - self._counted_from > FLUSH_INTERVAL:
+            self._counted_from, self._flushes = now, 0
+        self._flushes += 1
+        return self._flushes <= FLUSHES
 
     def publish(self) -> None:
         """Publish all that was written so far."""
@@ -239,7 +260,7 @@ class OutputPump:
                 self.settle()
                 for stream in self.streams.values():
                     stream.flush_buffer()
-                self._flush_port()
+                self.flush_port()
 
 
 def _readable(fd: int) -> bool:
