@@ -23,6 +23,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from kernel_client import Kernel
+
 from vmkernel.cli.install import install_kernelspec
 
 StartKernel = Callable[..., AbstractContextManager[Kernel]]

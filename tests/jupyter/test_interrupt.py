@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import StartKernel
 from kernel_client import Cell, Kernel
+
+from conftest import StartKernel
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 
