@@ -38,6 +38,7 @@ from traitlets.config import Config
 from vmkernel.guest.lean import Shortcuts
 from vmkernel.guest.port import Interrupts, Port
 from vmkernel.guest.streams import OutputPump, PortStream
+from vmkernel.guest.tracebacks import Tracebacks
 from vmkernel.guest.wake import reseed_process
 from vmkernel.protocol import frames, messages
 
@@ -263,6 +264,7 @@ class Engine:
         shell.display_pub.pub_socket = "iopub"
         shell.configurables.append(self.kernel)
         self._shortcuts = Shortcuts(shell)
+        self._tracebacks = Tracebacks(shell)
         # The kernel's own names must not show up in %who
         shell.user_ns_hidden.update(shell.user_ns)
 
@@ -402,6 +404,7 @@ class Engine:
             "buffers": buffers,
         }
         self._shortcuts.forget()
+        self._tracebacks.forget()
         try:
             kernel.set_parent([], message, "shell")
             handler = kernel.shell_handlers.get(request.msg_type)
