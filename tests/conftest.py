@@ -38,7 +38,13 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in list(os.environ):
         if name.startswith("VMKERNEL_") and name not in _KEPT:
             del os.environ[name]
+    # The templates are the user's, under a name of the session's: a QEMU has nothing else in its
+    # command line that would tell whose it is, should one be left behind.
+    cache_dir = load_settings().cache_dir
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    (session_dir / "cache").symlink_to(cache_dir)
     os.environ.update(
+        VMKERNEL_CACHE_DIR=str(session_dir / "cache"),
         VMKERNEL_RUNTIME_DIR=str(session_dir / "run"),
         VMKERNEL_STATE_DIR=str(session_dir / "state"),
         XDG_CONFIG_HOME=str(session_dir / "config"),
