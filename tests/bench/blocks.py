@@ -119,10 +119,13 @@ def interrupt(run: Run) -> None:
 
 
 def complete(run: Run) -> None:
-    """Completion, the first (cold) one apart."""
-    _each_round(
-        run, "complete", run.rounds * 3, lambda subject: subject.complete("import os; os.pa") * 1000
-    )
+    """Completion of an attribute of a loaded module, the first (cold) one apart."""
+
+    def take(subject: Subject) -> float:
+        subject.expect("import os")
+        return subject.complete("os.pa") * 1000
+
+    _each_round(run, "complete", run.rounds * 3, take)
 
 
 def _each_round(run: Run, key: str, rounds: int, take: Callable[[Subject], float]) -> None:

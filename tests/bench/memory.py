@@ -55,7 +55,7 @@ def footprint(roots: Iterable[int]) -> Footprint:
             continue  # it ended meanwhile
         pss = sizes["Pss"] / 1024
         total.pss += pss
-        total.private += (sizes["Private_Dirty"] + sizes["Private_Clean"]) / 1024
+        total.private += sizes["Private_Dirty"] / 1024  # clean: the file's, shared with the next
         total.processes += 1
         total.by_program[program] = round(total.by_program.get(program, 0.0) + pss, 2)
     return total
