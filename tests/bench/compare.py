@@ -97,6 +97,8 @@ def warm(kernels: list[str], results: Results) -> dict[str, str]:
 def main() -> int:
     """Measure, print, write; 0 unless the arguments are wrong."""
     options = parse_arguments()
+    # An installed package has its bytecode; in a checkout the first start must be free to write it.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if options.waterfall:
         return waterfall.main(options.kernel, options.rounds, options.output, say)
     begun = time.time()
