@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import leftovers
+from prerequisites import missing
 from vmkernel.settings import Settings, load_settings
 
 WaitUntil = Callable[..., None]
@@ -102,13 +103,6 @@ def pytest_runtest_makereport(
 def _logs_since(state_dir: Path, moment: float) -> list[Path]:
     logs = [path for path in state_dir.rglob("*.log") if path.is_file()]
     return sorted(path for path in logs if path.stat().st_mtime >= moment and path.stat().st_size)
-
-
-def missing(what: str) -> None:
-    """A prerequisite is missing: a failure in CI, a skip on a desk."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"{what} (CI=true: a missing prerequisite is a failure)")
-    pytest.skip(what)
 
 
 @pytest.fixture(scope="session")

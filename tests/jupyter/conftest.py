@@ -12,8 +12,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,9 @@ import pytest
 # --import-mode=importlib does not make a test's own directory importable.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from kernel_client import Kernel
+from kernel_client import Kernel, StartKernel
 
 from vmkernel.cli.install import install_kernelspec
-
-StartKernel = Callable[..., AbstractContextManager[Kernel]]
 
 SMALL_MEMORY = "512M"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import zmq
@@ -266,3 +266,7 @@ class Kernel(Client):
             yield client
         finally:
             client.close()
+
+
+StartKernel = Callable[..., AbstractContextManager[Kernel]]
+"""The fixture ``start_kernel``: ``with start_kernel(name, …) as kernel:``."""

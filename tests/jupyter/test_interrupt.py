@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kernel_client import Cell, Kernel
-
-from conftest import StartKernel
+from kernel_client import Cell, Kernel, StartKernel
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
 

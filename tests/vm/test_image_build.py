@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import pytest
 
-from conftest import missing
+from prerequisites import missing
 from vmkernel.errors import ImageError
 from vmkernel.image.initrd import CpioWriter, modinfo, read_cpio
 from vmkernel.image.store import find_image, verify_image
