@@ -61,7 +61,7 @@ TCG_TEMPLATE = """\
 -machine microvm,acpi=on,pit=off,pic=off,rtc=on,x-option-roms=off,isa-serial=on,\
 memory-backend=ram0,mem-merge=off,dump-guest-core=off
 -accel tcg,tb-size=128
--cpu max,la57=off
+-cpu max,la57=off,erms=off,fsrm=off
 -smp 1
 -m 2048M
 -object memory-backend-file,id=ram0,size=2048M,mem-path=/cache/template/ram,share=on
