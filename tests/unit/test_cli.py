@@ -74,7 +74,7 @@ def test_install_and_uninstall(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "vmkernel image build datascience" in done.stderr
     file = tmp_path / "share" / "jupyter" / "kernels" / "vmsandbox" / "kernel.json"
-    assert json.loads(file.read_text())["argv"][5:] == ["--memory=1G", "--log-level=debug"]
+    assert json.loads(file.read_text())["argv"][6:] == ["--memory=1G", "--log-level=debug"]
 
     assert run("uninstall", *prefix).returncode == 0
     assert not file.parent.exists()

@@ -27,7 +27,7 @@ def test_a_kernelspec_starts_this_python_and_says_only_what_was_given(tmp_path):
     target = install_kernelspec(tmp_path)
     assert target == tmp_path / "vmsandbox"
     assert _spec(target) == {
-        "argv": [sys.executable, "-m", "vmkernel", "-f", "{connection_file}"],
+        "argv": [sys.executable, "-P", "-m", "vmkernel", "-f", "{connection_file}"],
         "display_name": "Python (microVM)",
         "language": "python",
         "interrupt_mode": "message",
@@ -39,8 +39,20 @@ def test_options_become_the_command_line(tmp_path):
     options = {"memory": "4G", "vcpus": "2", "queue_timeout": "5m"}
     target = install_kernelspec(tmp_path, name="big", display_name="Größer", options=options)
     spec = _spec(target)
-    assert spec["argv"][5:] == ["--memory=4G", "--vcpus=2", "--queue-timeout=5m"]
+    assert spec["argv"][6:] == ["--memory=4G", "--vcpus=2", "--queue-timeout=5m"]
     assert spec["display_name"] == "Größer"
+
+
+def test_modules_beside_the_notebook_do_not_run_on_the_host(tmp_path):
+    notebooks = tmp_path / "notebooks"
+    notebooks.mkdir()
+    for name in ("vmkernel", "msgspec", "asyncio", "zmq", "logging", "signal"):
+        (notebooks / f"{name}.py").write_text("open('ran on the host', 'w').close()\n")
+    argv = _spec(install_kernelspec(tmp_path / "kernels"))["argv"]
+    argv[argv.index("{connection_file}")] = str(notebooks / "no such connection file")
+    done = subprocess.run(argv, cwd=notebooks, capture_output=True, text=True, timeout=60)
+    assert "cannot be used" in done.stderr
+    assert not (notebooks / "ran on the host").exists()
 
 
 def test_jupyter_finds_it_with_its_logos(tmp_path):
@@ -63,7 +75,7 @@ def test_jupyter_finds_it_with_its_logos(tmp_path):
 def test_installing_again_replaces_and_leaves_nothing_between(tmp_path):
     install_kernelspec(tmp_path, options={"memory": "1G"})
     install_kernelspec(tmp_path, options={"memory": "2G"})
-    assert _spec(tmp_path / "vmsandbox")["argv"][5:] == ["--memory=2G"]
+    assert _spec(tmp_path / "vmsandbox")["argv"][6:] == ["--memory=2G"]
     assert [path.name for path in tmp_path.iterdir()] == ["vmsandbox"]
 
 

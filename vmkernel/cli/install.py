@@ -95,8 +95,8 @@ def is_ours(kernelspec_dir: Path) -> bool:
     """Whether *kernelspec_dir* starts vmkernel; one that cannot be read is not."""
     try:
         argv = json.loads((kernelspec_dir / "kernel.json").read_bytes())["argv"]
-        return bool(argv[1:3] == ["-m", "vmkernel"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(argv[argv.index("-m") + 1] == "vmkernel")
+    except (OSError, ValueError, LookupError, TypeError):
         return False
 
 
