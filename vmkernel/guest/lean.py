@@ -96,6 +96,8 @@ class Shortcuts:
         display = self._display
         if type(obj) in _SCALARS and not include and not exclude and self._is_plain(obj):
             text = display.formatters["text/plain"](obj)
+            if text is None:  # an int too long to write: the formatter has told so
+                return {}, {}
             if isinstance(text, str):
                 return {"text/plain": text}, {}
         return DisplayFormatter.format(display, obj, include=include, exclude=exclude)

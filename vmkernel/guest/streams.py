@@ -216,6 +216,8 @@ class OutputPump:
     def drain(self) -> None:
         """Move what the descriptors hold into the streams' buffers."""
         self._looked = time.monotonic()
+        with self._lock:
+            pass  # the thread may have taken text from a pipe that it has not added yet
         for name, fd in self._fds.items():
             if _readable(fd):
                 self._read(name, fd)

@@ -214,6 +214,7 @@ class GuestSupply:
         begun, self._begun = self._begun, None
         if begun is not None:
             self._info = begun.template.manifest.kernel_info
+            self._accelerator = begun.spawned.machine.accelerator
         start = self._start = VmStart(self._settings, self._label, begun)
         self.failed = None
         self._started_at = time.monotonic()

@@ -133,6 +133,8 @@ class Wrapper:
             self._on_input_reply(request)
         elif request.channel == "control" or request.msg_type == "shutdown_request":
             # Shutdown came on shell once, and ipykernel still takes it there.
+            if request.msg_type == "interrupt_request":
+                self.interrupt()  # at once: it is meant for what runs now
             self._spawn(self._control(request))
         else:
             self._queue.append(request)
@@ -143,6 +145,9 @@ class Wrapper:
             while not self._queue:
                 self._arrived.clear()
                 await self._arrived.wait()
+            # An interrupt that was sent before this request came by another socket, and is not
+            # meant for it: let it be heard now, when nothing runs.
+            self.sockets.drain("control")
             request = self._queue.popleft()
             self._current, self._replied = request, False
             self._remember(request)
@@ -289,8 +294,7 @@ class Wrapper:
 
     async def _answer_control(self, request: Request) -> None:
         msg_type = request.msg_type
-        if msg_type == "interrupt_request":
-            self.interrupt()
+        if msg_type == "interrupt_request":  # done already, by on_request
             self._reply_control(request, {"status": "ok"})
         elif msg_type == "shutdown_request":
             content = {"status": "ok", "restart": bool(request.content.get("restart"))}
