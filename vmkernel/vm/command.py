@@ -213,8 +213,8 @@ def _cpu(accelerator: Accelerator) -> list[str]:
     # max: all that TCG can do (AVX2 from 7.2 on), as numpy's fast paths want; but no fifth level
     # of page tables, which would make each emulated page walk longer for memory nobody has; and no
     # word that byte-wise `rep` instructions are fast: emulated they go byte by byte, and Linux uses
-    # them to clear and copy pages (touching 2,048 fresh pages 55 -> 26 ms, 10 MB to the host twice as
-    # fast).
+    # them to clear and copy pages (touching 2,048 fresh pages 55 -> 26 ms, 10 MB to the host twice
+    # as fast).
     cpu = "max,la57=off,erms=off,fsrm=off"
     return ["-accel", f"tcg,tb-size={TCG_CODE_BUFFER_MIB}", "-cpu", cpu]
 
