@@ -27,7 +27,7 @@ from vmkernel.kernel.supply import GuestSupply
 from vmkernel.protocol import messages
 
 if TYPE_CHECKING:
-    from vmkernel.host.guest import KernelDeath
+    from vmkernel.host.guest import Guest, KernelDeath
     from vmkernel.host.manager import Started
     from vmkernel.settings import Settings
 
@@ -83,7 +83,7 @@ class Wrapper:
         self._current: Request | None = None
         self._done: asyncio.Future[None] | None = None
         self._replied = False
-        self._waiting: asyncio.Task[Any] | None = None
+        self._waiting: asyncio.Task[Guest] | None = None
         self._interrupting: asyncio.Task[None] | None = None
         self._input: tuple[Request, str] | None = None
         self._parents: OrderedDict[str, bytes] = OrderedDict()
@@ -195,24 +195,18 @@ class Wrapper:
     async def _serve_by_guest(self, request: Request) -> None:
         self._interrupted = False
         visible = request.msg_type == _EXECUTE and not request.content.get("silent")
-        with Notice(self.sockets, request.raw[0], visible) as notice:
-            self._waiting = asyncio.ensure_future(self.supply.guest(notice.show))
-            try:
-                guest = await self._waiting
-            except asyncio.CancelledError:
-                if self._exit.done():
-                    raise  # it is us who are cancelled: shutdown
-                raise InterruptedWait from None
-            finally:
-                self._waiting = None
+        while True:
+            guest = await self._wait_for_guest(request, visible)
+            if self._interrupting is not None:
+                # An interrupt meant for the cell before must not hit this one.
+                await asyncio.wait([self._interrupting])
+            if self._interrupted:  # between the guest's coming and the request's going
+                raise InterruptedWait
+            if guest.vm.kernel.connected:
+                break  # else it died in this very instant: the next one serves
         trace.mark("first request for the guest")
         if visible:
             self._tell_news(request)
-        if self._interrupting is not None:
-            # An interrupt meant for the cell before must not hit this one.
-            await asyncio.wait([self._interrupting])
-        if self._interrupted:  # between the guest's coming and the request's going
-            raise InterruptedWait
         self._done = asyncio.get_running_loop().create_future()
         header, _, metadata, content = request.raw
         guest.send(
@@ -233,6 +227,19 @@ class Wrapper:
                 "NotImplementedError", f"the guest kernel gave no answer to {request.msg_type}", []
             )
             self._reply(request, {**error, "status": "error"}, {"status": "error"})
+
+    async def _wait_for_guest(self, request: Request, visible: bool) -> Guest:
+        """The guest, however long it takes to come.  Raises VmError, InterruptedWait."""
+        with Notice(self.sockets, request.raw[0], visible) as notice:
+            self._waiting = asyncio.ensure_future(self.supply.guest(notice.show))
+            try:
+                return await self._waiting
+            except asyncio.CancelledError:
+                if self._exit.done():
+                    raise  # it is us who are cancelled: shutdown
+                raise InterruptedWait from None
+            finally:
+                self._waiting = None
 
     def _tell_news(self, request: Request) -> None:
         """Say in the cell's output what happened to the VM since the last cell."""
