@@ -373,10 +373,10 @@ class Engine:
 
     def _wait_for_input(self) -> str:
         self._inputs.clear()  # what was typed for an earlier, interrupted question
-        # In a thread: the loop may take the answer in, or the thread a request meant for the loop
-        in_main = threading.current_thread() is threading.main_thread()
+        # Not for ever at once: a signal that comes just before the system call would end nothing,
+        # and in a thread the loop may take the answer in, or the thread a request for the loop.
         while not self._inputs:
-            self.port.wait(None if in_main else 0.05)
+            self.port.wait(0.05)
             self._receive()
             if self._requests:  # served when this cell is done
                 self._loop.call_soon_threadsafe(self._on_readable)
