@@ -35,7 +35,7 @@ _decode_header = msgspec.json.Decoder(dict[str, Any]).decode
 class Request:
     """A message from a front end."""
 
-    __slots__ = ("aborted", "buffers", "channel", "content", "header", "idents", "metadata", "raw")
+    __slots__ = ("aborted", "buffers", "channel", "content", "header", "idents", "raw")
 
     def __init__(
         self, channel: str, idents: list[bytes], parts: Sequence[bytes], buffers: list[Any]

@@ -85,7 +85,7 @@ class Wrapper:
         self._replied = False
         self._waiting: asyncio.Task[Guest] | None = None
         self._interrupting: asyncio.Task[None] | None = None
-        self._input: tuple[Request, str] | None = None
+        self._asked = False  # input_request, and no answer yet
         self._parents: OrderedDict[str, bytes] = OrderedDict()
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exit_asked = False
@@ -161,7 +161,7 @@ class Wrapper:
                 self._fail(request, local.explain(_unexpected(error)))
             finally:
                 self._current = None
-                self._input = None
+                self._asked = False
             self.sockets.status("idle", request.raw[0])
 
     async def _serve(self, request: Request) -> None:
@@ -344,9 +344,9 @@ class Wrapper:
 
     def _on_input_reply(self, request: Request) -> None:
         guest = self.supply.current
-        if self._input is None or guest is None or request.msg_type != "input_reply":
+        if not self._asked or guest is None or request.msg_type != "input_reply":
             return  # an answer to a question that is no longer asked
-        self._input = None
+        self._asked = False
         header, _, metadata, content = request.raw
         with contextlib.suppress(VmError):
             guest.send(
@@ -371,8 +371,8 @@ class Wrapper:
         if request is None or message.parent_id != request.msg_id:
             self._odd("the guest answered what was not asked", message)
         elif message.channel == "stdin" and message.msg_type == "input_request":
-            msg_id = self.sockets.reply(request, "input_request", message.content, channel="stdin")
-            self._input = (request, msg_id)
+            self.sockets.reply(request, "input_request", message.content, channel="stdin")
+            self._asked = True
         elif (
             message.channel == "shell"
             and not self._replied
