@@ -31,6 +31,7 @@ def make_machine(accelerator: Accelerator = "tcg", **changes: object) -> Machine
         monitor_fd=11,
         kernel_port_fd=12,
         agent_port_fd=13,
+        control_port_fd=15,
         console_fd=14,
     )
     return msgspec.structs.replace(template, **changes)
@@ -84,11 +85,13 @@ tsc=reliable clocksource=tsc no_timer_check mitigations=off
 -device virtio-blk-device,drive=scratch
 -object rng-random,id=entropy,filename=/dev/urandom
 -device virtio-rng-device,rng=entropy
--device virtio-serial-device,max_ports=4
+-device virtio-serial-device,max_ports=8
 -chardev socket,id=kernel,fd=12
 -device virtserialport,chardev=kernel,name=kernel,nr=1
 -chardev socket,id=agent,fd=13
--device virtserialport,chardev=agent,name=agent,nr=2"""
+-device virtserialport,chardev=agent,name=agent,nr=2
+-chardev socket,id=control,fd=15
+-device virtserialport,chardev=control,name=control,nr=3"""
 
 KVM_CLONE = """\
 -name vmkernel-ab12
@@ -119,11 +122,13 @@ memory-backend=ram0,mem-merge=off,dump-guest-core=off
 -device virtio-blk-device,drive=scratch
 -object rng-random,id=entropy,filename=/dev/urandom
 -device virtio-rng-device,rng=entropy
--device virtio-serial-device,max_ports=4
+-device virtio-serial-device,max_ports=8
 -chardev socket,id=kernel,fd=12
 -device virtserialport,chardev=kernel,name=kernel,nr=1
 -chardev socket,id=agent,fd=13
 -device virtserialport,chardev=agent,name=agent,nr=2
+-chardev socket,id=control,fd=15
+-device virtserialport,chardev=control,name=control,nr=3
 -incoming defer"""
 
 
@@ -166,7 +171,7 @@ class TestAnyMachine:
     ) -> None:
         machine = make(accelerator)
         text = " ".join(qemu_argv(machine))
-        assert sorted(machine.fds()) == [10, 11, 12, 13, 14]
+        assert sorted(machine.fds()) == [10, 11, 12, 13, 14, 15]
         for fd in machine.fds():
             assert f"fd={fd}" in text or f"/fd/{fd}" in text
 

@@ -28,13 +28,16 @@ class Engine:
 
     def __init__(self) -> None:
         self.sock, theirs = socket.socketpair()
+        self.control, their_control = socket.socketpair()
         self.sock.settimeout(30)
         child = Path(__file__).with_name("engine_child.py")
         self.process = subprocess.Popen(
-            [sys.executable, str(child), str(theirs.fileno())],
-            pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, cwd=ROOT,
+            [sys.executable, str(child), str(theirs.fileno()), str(their_control.fileno())],
+            pass_fds=[theirs.fileno(), their_control.fileno()],
+            stdout=subprocess.PIPE, cwd=ROOT,
         )  # fmt: skip
         theirs.close()
+        their_control.close()
         assert self.process.stdout is not None
         self.info = json.loads(self.process.stdout.readline())
         self.reader = frames.FrameReader()
@@ -86,6 +89,7 @@ class Engine:
         self.process.kill()
         self.process.communicate()
         self.sock.close()
+        self.control.close()
 
 
 @pytest.fixture(scope="module")

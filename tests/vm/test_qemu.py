@@ -29,7 +29,7 @@ from vmkernel.vm.qemu import QemuProcess, find_qemu
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(60)]
 PATH = os.environ.get("PATH", os.defpath)
-NAMES = ("monitor", "kernel", "agent", "console")
+NAMES = ("monitor", "kernel", "agent", "control", "console")
 
 
 class Bench:
@@ -71,6 +71,7 @@ class Bench:
                 monitor_fd=pairs["monitor"][1].fileno(),
                 kernel_port_fd=pairs["kernel"][1].fileno(),
                 agent_port_fd=pairs["agent"][1].fileno(),
+                control_port_fd=pairs["control"][1].fileno(),
                 console_fd=pairs["console"][1].fileno(),
             ),
             **changes,

@@ -49,7 +49,7 @@ class Agent:
 
     def __init__(self) -> None:
         self.port = Port(open_port("agent"))
-        self.kernel_port = open_port("kernel")
+        self.kernel_ports = (open_port("kernel"), open_port("control"))
         self.kernel_pid = 0
         self._outputs: dict[str, int] = {}
         self._status = -1
@@ -116,7 +116,7 @@ class Agent:
                 # What a fork inherits but user code must not have: the agent's own way to the host
                 for fd in (self.port.fd, self._signal_read, self._signal_write, status):
                     os.close(fd)
-                run_engine(self.kernel_port, dict(self._outputs), status_write, marker)
+                run_engine(self.kernel_ports, dict(self._outputs), status_write, marker)
                 os._exit(0)
             except BaseException:
                 os.write(status_write, json.dumps({"error": _traceback()}).encode())
@@ -263,16 +263,21 @@ def become_user() -> None:
     os.chdir(user.pw_dir)
 
 
-def run_engine(port: int, outputs: dict[str, int], status: int, marker: bytes | None) -> None:
-    """Be the guest kernel.  Returns when the user asked it to exit."""
+def run_engine(
+    ports: tuple[int, int], outputs: dict[str, int], status: int, marker: bytes | None
+) -> None:
+    """Be the guest kernel, on the ports "kernel" and "control".
+
+    Returns when the user asked it to exit.
+    """
     from vmkernel.guest.engine import Engine, prepare_user_site
 
     prepare_user_site()
     sys.path[:] = ["", *(entry for entry in sys.path if entry not in ("", "/run/vmkernel"))]
     sys.argv = ["vmkernel"]
-    engine = Engine(port, outputs)
+    engine = Engine(*ports, outputs)
     if marker is not None:
-        engine.port.resync(marker)
+        engine.resync(marker)
 
     def on_ready(kernel_info: dict[str, Any]) -> None:
         os.write(status, json.dumps(kernel_info).encode())

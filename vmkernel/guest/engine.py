@@ -1,10 +1,11 @@
-"""The Python engine: an IPythonKernel whose ZeroMQ is replaced by the port.
+"""The Python engine: an IPythonKernel whose ZeroMQ is replaced by the ports.
 
 ipykernel does what a Jupyter kernel does; this module gives it another way in and out.
-Requests come one after another from the host, which keeps the queue; outputs and replies
-go out through :class:`PortSession`, batched into one write per request where that costs
-no liveness.  There is one event loop, in the main thread, and one helper thread
-(:mod:`vmkernel.guest.streams`).
+Requests to the main shell come one after another from the host, which keeps the queue; outputs
+and replies go out through :class:`PortSession`, batched into one write per request where that
+costs no liveness.  There is one event loop, in the main thread, and two helper threads: for
+output (:mod:`vmkernel.guest.streams`) and for what must be heard while a cell runs
+(:mod:`vmkernel.guest.control`).
 """
 
 from __future__ import annotations
@@ -16,39 +17,35 @@ import gc
 import inspect
 import logging
 import os
-import signal
 import site
 import sys
 import threading
 import time
 import traceback
-import types
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning that helps nobody
 
-import ipykernel.debugger
 import msgspec
-from ipykernel.ipkernel import IPythonKernel
-from jupyter_client.session import Session, extract_header, json_default
 from traitlets.config import Config
 
+from vmkernel.guest.control import ControlLane, Subshell
+from vmkernel.guest.debug import ShellCaller, connect_debugger
+from vmkernel.guest.kernel import PortKernel, as_message
 from vmkernel.guest.lean import Shortcuts
+from vmkernel.guest.magics import VmMagics
 from vmkernel.guest.port import Interrupts, Port
+from vmkernel.guest.session import PortSession, encode_body
 from vmkernel.guest.streams import OutputPump, PortStream
+from vmkernel.guest.threads import hand_on
 from vmkernel.guest.tracebacks import Tracebacks
 from vmkernel.guest.wake import reseed_process
 from vmkernel.protocol import frames, messages
 
-# The debugger needs a control thread of its own; a later version brings it.
-ipykernel.debugger._is_debugpy_available = False
-
-# Decimals become strings: as numbers, NaN and Infinity would be no JSON, which ends the VM
-_encode = msgspec.json.Encoder(enc_hook=json_default).encode
-
-
+COMM_TYPES = frozenset(("comm_open", "comm_msg", "comm_close"))
 WARM_UP = (
     "1+1",
     "print(end='')",
@@ -67,161 +64,13 @@ WARM_UP_WITH = {
 """More of them, where the recipe preloads the module."""
 
 
-class PortSession(Session):
-    """A Jupyter session that hands messages to the port instead of signing them."""
-
-    port: Port
-    pump: OutputPump
-    owner_pid: int
-
-    def send(
-        self,
-        stream: Any,
-        msg_or_type: dict[str, Any] | str,
-        content: dict[str, Any] | None = None,
-        parent: dict[str, Any] | None = None,
-        ident: Any = None,
-        buffers: list[Any] | None = None,
-        track: bool = False,
-        header: dict[str, Any] | None = None,
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any] | None:
-        """Queue a message for the host.  ``stream`` is the channel's name.
-
-        Returns the message, as the base class does, or None in a forked child, which has
-        no port of its own.
-        """
-        if os.getpid() != self.owner_pid:
-            return None
-        if isinstance(msg_or_type, dict):
-            message = msg_or_type
-            buffers = buffers or message.get("buffers")
-        else:
-            message = {
-                "header": header or {"msg_type": msg_or_type},
-                "msg_type": msg_or_type,
-                "parent_header": extract_header(parent) if parent else {},
-                "content": content or {},
-                "metadata": metadata or {},
-            }
-        parent_id = message["parent_header"].get("msg_id", "")
-        body = [
-            stream,
-            message["header"]["msg_type"],
-            parent_id,
-            message["metadata"],
-            message["content"],
-        ]
-        self.pump.settle()
-        self.port.queue(encode_body(body), tuple(buffers or ()))
-        if stream == "iopub":
-            self.pump.wake()  # what is shown in the middle of a long cell must not wait for its end
-        return message
-
-
-def encode_body(body: list[Any]) -> bytes:
-    """A message's body as JSON, whatever user code put into it."""
-    try:
-        return _encode(body)
-    except (TypeError, ValueError, UnicodeEncodeError, OverflowError):
-        return _encode(_clean(body))
-
-
-def _clean(value: Any) -> Any:
-    """``value`` as JSON can hold it: lone surrogates escaped, keys that are no strings as text."""
-    if isinstance(value, str):
-        return value.encode("utf-8", errors="backslashreplace").decode()
-    if value is None or isinstance(value, int | float):
-        return value
-    if isinstance(value, dict):
-        return {_clean(str(key)): _clean(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_clean(item) for item in value]
-    try:
-        return _clean(json_default(value))
-    except TypeError:
-        return _clean(repr(value))
-
-
-class PortKernel(IPythonKernel):
-    """IPythonKernel, fed from the port."""
-
-    implementation = "vmsandbox"
-    _execute_sleep = 0
-    interrupts: Interrupts
-    port: Port
-    wake_input: Any = None
-    _supports_kernel_subshells = False
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        # do_execute asks it which thread gets signals, also where there are no subshells
-        self.shell_channel_thread = types.SimpleNamespace(parent_thread=threading.main_thread())
-
-    def _abort_queues(self, subshell_id: str | None = None) -> None:
-        """Nothing is queued here: the host aborts what it holds."""
-
-    def do_complete(self, code: str, cursor_pos: int | None) -> Any:
-        """As the base class; an attribute is completed without its dot, as jedi does it."""
-        reply = super().do_complete(code, cursor_pos)
-        if reply["matches"] and all(match.startswith(".") for match in reply["matches"]):
-            reply["matches"] = [match[1:] for match in reply["matches"]]
-            reply["cursor_start"] += 1
-            for item in reply["metadata"].get("_jupyter_types_experimental", ()):
-                item["text"] = item["text"][1:]
-                item["start"] += 1
-        return reply
-
-    def do_history(self, hist_access_type: str, output: bool, raw: bool, **query: Any) -> Any:
-        """As the base class, and the current session has its number, not 0."""
-        reply = super().do_history(hist_access_type, output, raw, **query)
-        current = self.shell.history_manager.session_number
-        reply["history"] = [(session or current, *rest) for session, *rest in reply["history"]]
-        return reply
-
-    @functools.wraps(IPythonKernel.do_execute)
-    async def do_execute(self, *args: Any, **options: Any) -> Any:
-        """As the base class; while it lasts, a flush sends at once."""
-        self.session.pump.eager = True
-        try:
-            return await super().do_execute(*args, **options)
-        finally:
-            self.session.pump.eager = False
-
-    @contextmanager
-    def _cancel_on_sigint(self, future: asyncio.Future[Any]) -> Iterator[None]:
-        """Cancel a top-level await on SIGINT, also when the loop sleeps (ipykernel#881)."""
-        loop = asyncio.get_running_loop()
-        previous = signal.signal(
-            signal.SIGINT, lambda *_: loop.call_soon_threadsafe(future.cancel) and None
-        )
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-    def _input_request(
-        self, prompt: str, ident: Any, parent: dict[str, Any], password: bool = False
-    ) -> str:
-        PortSession.pump.publish()
-        content = {"prompt": prompt, "password": password}
-        self.session.send("stdin", "input_request", content, parent)
-        self.port.flush()
-        try:
-            value: str = self.wake_input()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt("Interrupted by user") from None
-        if value == "\x04":
-            raise EOFError
-        return value
-
-
 class Engine:
-    """One guest kernel: owns the port, serves requests in order."""
+    """One guest kernel: owns the ports, serves requests in order."""
 
-    def __init__(self, port_fd: int, output_fds: dict[str, int]) -> None:
+    def __init__(self, port_fd: int, control_fd: int, output_fds: dict[str, int]) -> None:
         self.interrupts = Interrupts()
         self.port = Port(port_fd, self.interrupts)
+        self.control = ControlLane(Port(control_fd))
         self.pump = OutputPump(output_fds, self.port.flush)
         self._requests: list[tuple[messages.ToGuest, list[memoryview]]] = []
         self._inputs: list[str] = []
@@ -254,17 +103,29 @@ class Engine:
         log = logging.getLogger("vmkernel")
         log.addHandler(logging.NullHandler())
         # The instance of its class: comms and libraries look for it there
-        self.kernel = PortKernel.instance(session=session, config=config, log=log)
+        self.kernel = PortKernel.instance(
+            subshells=self.control.subshells, session=session, config=config, log=log
+        )
         self.kernel.iopub_socket = "iopub"
-        self.kernel.interrupts = self.interrupts
         self.kernel.port = self.port
-        self.kernel.wake_input = self._wait_for_input
+        self.kernel.ask = self._ask
+        self.control.kernel = self.kernel
         shell = self.kernel.shell
+        shell.register_magics(VmMagics(shell, self._call_host))
         shell.displayhook.pub_socket = "iopub"
         shell.display_pub.pub_socket = "iopub"
         shell.configurables.append(self.kernel)
         self._shortcuts = Shortcuts(shell)
         self._tracebacks = Tracebacks(shell)
+        hand_on(
+            [
+                self.kernel._shell_parent,
+                self.kernel._shell_parent_ident,
+                shell.displayhook._parent_header,
+                shell.display_pub._parent_header,
+                *(stream._parent_header for stream in self.pump.streams.values()),
+            ]
+        )
         # The kernel's own names must not show up in %who
         shell.user_ns_hidden.update(shell.user_ns)
 
@@ -274,6 +135,11 @@ class Engine:
         message["content"] = {"name": name, "text": text}
         session.send("iopub", message)
 
+    def resync(self, marker: bytes) -> None:
+        """Take the place of a dead guest kernel: both ports begin anew at ``marker``."""
+        self.port.resync(marker)
+        self.control.port.resync(marker)
+
     def run(self, on_ready: Any, warm_up: bool) -> None:
         """Serve until the process ends.  ``on_ready(kernel_info)`` is called once.
 
@@ -281,9 +147,11 @@ class Engine:
         """
         loop = self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(loop)
+        connect_debugger(self.kernel, ShellCaller(loop, self._run_for_debugger))
         self.interrupts.install()
         faulthandler.enable(file=2)  # what it prints is shown with the news of the death
         self.pump.start()
+        self.control.start()
         loop.add_reader(self.port.fd, self._on_readable)
         loop.call_soon(self._prepare, on_ready, warm_up)
         while True:
@@ -322,7 +190,7 @@ class Engine:
         await self._wake(
             _as_received("wake_request", empty, messages.encode_json(content)), reply=False
         )
-        self._awake = False
+        self._awake = self.control.awake = False
         cell = b'{"code":"1+1","silent":false,"store_history":false,"user_expressions":{}}'
         header = msgspec.Raw(b'{"msg_id":"m","msg_type":"execute_request","session":"s"}')
         with self._untraced():
@@ -356,7 +224,10 @@ class Engine:
         self._receive()
         while self._requests:
             request, buffers = self._requests.pop(0)
-            task = asyncio.get_running_loop().create_task(self._serve(request, buffers))
+            # A cell that waits in the event loop may be waiting for a widget's answer
+            meanwhile = request.msg_type in COMM_TYPES and self._lock.locked()
+            serve = self._serve_meanwhile if meanwhile else self._serve
+            task = asyncio.get_running_loop().create_task(serve(request, buffers))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -371,7 +242,11 @@ class Engine:
                 else:
                     self._requests.append((request, buffers))
 
-    def _wait_for_input(self) -> str:
+    def _ask(self, msg_id: str, send: Callable[[], None]) -> str:
+        """Ask the user; what is typed.  A subshell's answers come on port "control"."""
+        if isinstance(threading.current_thread(), Subshell):
+            return str(self.control.inbox.ask(msg_id, send))
+        send()
         self._inputs.clear()  # what was typed for an earlier, interrupted question
         # Not for ever at once: a signal that comes just before the system call would end nothing,
         # and in a thread the loop may take the answer in, or the thread a request for the loop.
@@ -393,18 +268,11 @@ class Engine:
 
     async def _serve_jupyter(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
         kernel = self.kernel
-        header = msgspec.json.decode(request.header)
-        message = {
-            "header": header,
-            "msg_id": request.msg_id,
-            "msg_type": request.msg_type,
-            "parent_header": {},
-            "metadata": msgspec.json.decode(request.metadata),
-            "content": msgspec.json.decode(request.content),
-            "buffers": buffers,
-        }
+        message = as_message(request, buffers)
         self._shortcuts.forget()
         self._tracebacks.forget()
+        # Comes to its turn only when the request lets the event loop run
+        waits = self._loop.call_soon(self._say_awaiting, request)
         try:
             kernel.set_parent([], message, "shell")
             handler = kernel.shell_handlers.get(request.msg_type)
@@ -419,11 +287,49 @@ class Engine:
             traceback.print_exc()
         finally:
             self.interrupts.armed = False
+            waits.cancel()
             if kernel.get_parent("shell").get("msg_id") != request.msg_id:
                 kernel.set_parent([], message, "shell")
             self.pump.publish()  # not sys.stdout, which may be the user's, or None
             kernel.session.send("iopub", "status", {"execution_state": "idle"}, message)
             self.port.flush()
+
+    async def _serve_meanwhile(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+        """A comm message while a cell waits: no status of its own, and the cell's stays."""
+        kernel = self.kernel
+        parent = kernel.get_parent("shell")
+        message = as_message(request, buffers)
+        try:
+            kernel.set_parent([], message, "shell")
+            kernel.shell_handlers[request.msg_type](request.channel, [], message)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            kernel.set_parent([], parent, "shell")
+            self.pump.publish()
+            self.port.flush()
+
+    def _say_awaiting(self, request: messages.ToGuest) -> None:
+        if request.msg_type == "execute_request":
+            self.port.send(encode_body(["vm", "awaiting", request.msg_id, {}, {}]))
+
+    def _call_host(self, command: str, arguments: list[str]) -> dict[str, Any]:
+        """Ask vmkernel on the host; the content of its reply.  An interrupt ends the wait."""
+        number = str(uuid.uuid4())
+        parent = self.kernel.get_parent("shell").get("header", {}).get("msg_id", "")
+        content = {"id": number, "command": command, "arguments": arguments}
+
+        def send() -> None:
+            self.pump.publish()
+            self.port.send(encode_body(["vm", "vm_request", parent, {}, content]))
+
+        reply: dict[str, Any] = self.control.inbox.ask(number, send)
+        return reply
+
+    async def _run_for_debugger(self, code: str) -> dict[str, Any]:
+        async with self._lock:
+            reply: dict[str, Any] = await self.kernel.do_execute(code, True, store_history=False)
+            return reply
 
     async def _wake(self, request: messages.ToGuest, *, reply: bool = True) -> None:
         content = messages.decode(bytes(request.content), messages.WakeKernel)
@@ -441,7 +347,7 @@ class Engine:
             self.kernel.shell.user_ns["__session__"] = name
         # Under emulation the first run of any code is slow: let it happen before the first cell
         await self._run_untraced("1+1")
-        self._awake = True
+        self._awake = self.control.awake = True
         if not reply:
             return
         self.kernel.session.send(

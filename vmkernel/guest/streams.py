@@ -161,8 +161,8 @@ class OutputPump:
         """Of all streams' buffers."""
         self.flushed: PortStream | None = None
         """Whose buffer goes out before anything else that is sent."""
-        self.eager = False
-        """Whether user code runs: when it has ended, all is sent together, in one write."""
+        self.running = 0
+        """How many cells run: when one has ended, all is sent together, in one write."""
         self._looked = 0.0
         self._counted_from = 0.0
         self._flushes = 0
@@ -175,7 +175,10 @@ class OutputPump:
 
     def start(self) -> None:
         """Start the thread."""
-        threading.Thread(target=self._run, name="vmkernel output", daemon=True).start()
+        thread = threading.Thread(target=self._run, name="vmkernel output", daemon=True)
+        # A debugger that stops all threads must not stop the one that tells of it
+        thread.pydev_do_not_trace = thread.is_pydev_daemon_thread = True  # type: ignore[attr-defined]
+        thread.start()
 
     def wake(self) -> None:
         """There is something to publish soon."""
@@ -193,7 +196,7 @@ class OutputPump:
 
     def may_send(self) -> bool:
         """Whether a flush may send at once; counts it."""
-        if not self.eager:
+        if not self.running:
             return False
         now = time.monotonic()
         if now - self._counted_from > FLUSH_INTERVAL:

@@ -99,6 +99,7 @@ class Guest:
         self._ready = asyncio.get_running_loop().create_future()
         self._death = None
         self.vm.kernel.resync(marker)
+        self.vm.control.resync(marker)
         await self.vm.agent.call(messages.StartKernel(marker))
         try:
             async with asyncio.timeout(timeout):

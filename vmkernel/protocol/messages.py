@@ -28,9 +28,14 @@ T = TypeVar("T")
 
 
 class ToGuest(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
-    """A front end's request, or an ``input_reply``, on its way to the guest kernel."""
+    """A front end's request, or an ``input_reply``, on its way to the guest kernel.
 
-    channel: Literal["shell", "control", "stdin"]
+    Requests to the main shell, and what is typed for them, go by port "kernel"; all else goes by
+    port "control", where it is heard while a cell runs.  An ``input_reply`` has the msg_id of the
+    request that asked.  Channel "vm" answers a ``vm_request`` of the guest, by its id.
+    """
+
+    channel: Literal["shell", "control", "stdin", "vm"]
     msg_id: str
     msg_type: str
     header: msgspec.Raw
@@ -41,10 +46,14 @@ class ToGuest(msgspec.Struct, array_like=True, forbid_unknown_fields=True, froze
 class FromGuest(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
     """A reply (channel of the request), an ``input_request`` (stdin) or an output (iopub).
 
-    ``parent_id`` is the msg_id of the request it belongs to, "" when there is none.
+    ``parent_id`` is the msg_id of the request it belongs to, "" when there is none.  The last
+    message about a request is iopub ``status``: idle.  On channel "vm" the guest kernel speaks to
+    vmkernel itself: ``awaiting`` when a cell waits in the event loop, so that comm messages can
+    be served meanwhile; ``vm_request`` with a question (content: ``id``, ``command``,
+    ``arguments``), answered by a ``vm_reply``.
     """
 
-    channel: Literal["shell", "control", "stdin", "iopub"]
+    channel: Literal["shell", "control", "stdin", "iopub", "vm"]
     msg_type: ShortStr
     parent_id: ShortStr
     metadata: dict[str, Any]
@@ -157,6 +166,8 @@ FromAgent = Hello | Ready | KernelDied | Failed | Reply
 # --- codecs --------------------------------------------------------------------------
 
 encode_json = msgspec.json.Encoder(decimal_format="number").encode
+decode_object = msgspec.json.Decoder(dict[str, Any]).decode
+"""A JSON object of a front end's, which was checked to be one."""
 
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 

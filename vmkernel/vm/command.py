@@ -31,8 +31,9 @@ TCG_CODE_BUFFER_MIB = 128
 # Port numbers on the virtio-serial device. Port 0 is reserved for a console.
 KERNEL_PORT_NR = 1
 AGENT_PORT_NR = 2
-# Room for one more port (a workspace), which can then be added without another guest layout.
-MAX_PORTS = 4
+CONTROL_PORT_NR = 3
+# Room for more ports (a workspace), which can then be added without another guest layout.
+MAX_PORTS = 8
 
 # What seccomp takes from QEMU: obsolete system calls, setuid and friends, fork and exec, and
 # changing priorities or CPU sets. A QEMU that was broken out of cannot start a program.
@@ -77,6 +78,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     monitor_fd: int
     kernel_port_fd: int
     agent_port_fd: int
+    control_port_fd: int
     console_fd: int
 
     def fds(self) -> tuple[int, ...]:
@@ -86,6 +88,7 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
             self.monitor_fd,
             self.kernel_port_fd,
             self.agent_port_fd,
+            self.control_port_fd,
             self.console_fd,
         )
 
@@ -164,6 +167,7 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv += ["-device", f"virtio-serial-device,max_ports={MAX_PORTS}"]
     argv += _port("kernel", KERNEL_PORT_NR, m.kernel_port_fd)
     argv += _port("agent", AGENT_PORT_NR, m.agent_port_fd)
+    argv += _port("control", CONTROL_PORT_NR, m.control_port_fd)
     if m.incoming:
         argv += ["-incoming", "defer"]
     return argv
@@ -191,6 +195,7 @@ def machine_fingerprint(machine: Machine) -> str:
         monitor_fd=0,
         kernel_port_fd=0,
         agent_port_fd=0,
+        control_port_fd=0,
         console_fd=0,
     )
     return "\n".join(qemu_argv(neutral))

@@ -47,12 +47,13 @@ class Spawned(msgspec.Struct):
     monitor: socket.socket
     kernel: socket.socket
     agent: socket.socket
+    control: socket.socket
     console: socket.socket
 
     def abandon(self) -> None:
         """Give up a QEMU that was never attached."""
         self.process.abandon()
-        for sock in (self.monitor, self.kernel, self.agent, self.console):
+        for sock in (self.monitor, self.kernel, self.agent, self.control, self.console):
             sock.close()
 
 
@@ -62,7 +63,7 @@ def spawn(machine: Machine, vm_dir: Path, *, keep_fds: tuple[int, ...] = ()) -> 
     ``vm_dir`` exists and gets ``qemu.log``.  ``keep_fds`` are inherited too (the slot's
     lock).  From the main thread only (see vm.qemu).  Raises VmBootError.
     """
-    fields = ("monitor_fd", "kernel_port_fd", "agent_port_fd", "console_fd")
+    fields = ("monitor_fd", "kernel_port_fd", "agent_port_fd", "control_port_fd", "console_fd")
     pairs = [socket.socketpair() for _ in fields]
     theirs = {field: pair[1].fileno() for field, pair in zip(fields, pairs, strict=True)}
     machine = msgspec.structs.replace(machine, **theirs)
@@ -86,7 +87,8 @@ class Vm:
     """A VM that runs, from the side of the process that owns it.
 
     ``on_event`` gets the agent's events (Hello, Ready, KernelDied, Failed); ``on_message``
-    and the port ``kernel`` are the way to the guest kernel; ``on_end`` is called once, with
+    and the ports ``kernel`` and ``control`` are the way to the guest kernel, which answers on
+    ``kernel`` only; ``on_end`` is called once, with
     the error to show, when the VM ended without :meth:`close`.
     """
 
@@ -103,6 +105,7 @@ class Vm:
         self.console: ConsoleLog | None = None
         self.agent: AgentPort
         self.kernel: Port
+        self.control: Port
         self._ports: list[AgentPort | Port] = []
         self._spawned = spawned
         self._on_event = on_event
@@ -144,6 +147,8 @@ class Vm:
             "kernel", self._spawned.kernel, self._on_message, self._on_lost
         )
         self._ports.append(self.kernel)
+        self.control = await Port.open("control", self._spawned.control, _refuse, self._on_lost)
+        self._ports.append(self.control)
 
     async def load(self, timeout: float) -> None:
         """Wait until a clone's state is loaded (`vm.loading`).
@@ -219,7 +224,7 @@ class Vm:
             self._spawned.monitor.close()
         for port in self._ports:
             port.close()
-        for sock in (self._spawned.agent, self._spawned.kernel):
+        for sock in (self._spawned.agent, self._spawned.kernel, self._spawned.control):
             sock.close()  # no effect where a port has it
         if self._watch is not None:
             await self.process.close()
@@ -254,3 +259,7 @@ class Vm:
                 code_ran="unknown",
             )
             self.process.kill()
+
+
+def _refuse(body: memoryview, buffers: list[memoryview]) -> None:
+    raise ProtocolError("a message on port 'control', which leads into the guest only")

@@ -1,4 +1,4 @@
-"""The host's end of a VM's two ports, on asyncio.
+"""The host's end of a VM's ports, on asyncio.
 
 A port is one end of a socket pair whose other end QEMU inherited: it has no name in the
 file system, so nobody else can connect to it, and it is gone with either process.  What

@@ -78,6 +78,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
             "monitor_fd": 0,
             "kernel_port_fd": 0,
             "agent_port_fd": 0,
+            "control_port_fd": 0,
             "console_fd": 0,
         }
         return Machine(**(fields | changes))

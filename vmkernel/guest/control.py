@@ -1,0 +1,199 @@
+"""The way into the guest kernel that works while a cell runs: port "control", and its thread.
+
+Where it stands: beside ``guest.engine``, which serves port "kernel" in the main thread.  What comes
+here are requests on the control channel (debugger, subshells), requests to a subshell, what the
+user typed for one, and the host's answers to the guest's own questions.  Nothing is said on this
+port: all that the guest kernel says goes one way, so it has one order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import queue
+import threading
+import traceback
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ipykernel.thread import CONTROL_THREAD_NAME, BaseThread
+
+from vmkernel.guest.kernel import as_message
+from vmkernel.guest.port import Port
+from vmkernel.protocol import frames, messages
+
+Serve = Callable[[messages.ToGuest, list[memoryview]], Awaitable[None]]
+POLL = 0.05
+"""Seconds between two looks whether a signal came just before one began to wait."""
+
+
+class Inbox:
+    """Where threads wait for what the host answers them, by the id of their question."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, queue.SimpleQueue[Any]] = {}
+
+    def ask(self, key: str, send: Callable[[], None]) -> Any:
+        """Call ``send``, which asks question ``key``; the answer.
+
+        An interrupt ends the wait (main thread).
+        """
+        box = self._waiting[key] = queue.SimpleQueue()
+        try:
+            send()
+            while True:
+                try:
+                    return box.get(timeout=POLL)
+                except queue.Empty:
+                    continue
+        finally:
+            self._waiting.pop(key, None)
+
+    def put(self, key: str, value: Any) -> None:
+        """An answer came; dropped when nobody waits for it (an interrupt came first)."""
+        box = self._waiting.get(key)
+        if box is not None:
+            box.put(value)
+
+
+class Subshell(BaseThread):
+    """A thread that serves requests one after another, beside the main shell."""
+
+    def __init__(self, subshell_id: str, serve: Serve) -> None:
+        super().__init__(name=f"subshell-{subshell_id}", daemon=True)
+        self.loop = self.io_loop.asyncio_loop
+        self._serve = serve
+        self._lock = asyncio.Lock()
+        self._context = contextvars.copy_context()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def submit(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+        """Serve a request when those before it are served.  From any thread."""
+        self.loop.call_soon_threadsafe(self._begin, request, buffers)
+
+    def _begin(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+        task = self.loop.create_task(self._in_turn(request, buffers), context=self._context)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _in_turn(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+        async with self._lock:
+            await self._serve(request, buffers)
+
+
+class Subshells:
+    """All of them.  Its names are those that IPython's %subshell asks for."""
+
+    def __init__(self, serve: Serve) -> None:
+        self._serve = serve
+        self._threads: dict[str, Subshell] = {}
+
+    def create(self) -> str:
+        """Start one; its id."""
+        subshell_id = str(uuid.uuid4())
+        thread = self._threads[subshell_id] = Subshell(subshell_id, self._serve)
+        thread.start()
+        return subshell_id
+
+    async def delete(self, subshell_id: str) -> None:
+        """End one, once what it runs has ended.  Raises KeyError."""
+        thread = self._threads.pop(subshell_id)
+        thread.stop()
+        await asyncio.get_running_loop().run_in_executor(None, thread.join)
+
+    def get(self, subshell_id: str) -> Subshell | None:
+        """One by its id."""
+        return self._threads.get(subshell_id)
+
+    def list_subshell(self) -> list[str]:
+        """All ids."""
+        return list(self._threads)
+
+    def subshell_id_from_thread_id(self, thread_id: int) -> str | None:
+        """The subshell whose thread this is, None for the main shell.  Raises RuntimeError."""
+        if thread_id == threading.main_thread().ident:
+            return None
+        for subshell_id, thread in self._threads.items():
+            if thread.ident == thread_id:
+                return subshell_id
+        raise RuntimeError(f"thread {thread_id} is no subshell's")
+
+
+class ControlLane:
+    """The thread that reads port "control".  ``kernel`` is set before it is started."""
+
+    def __init__(self, port: Port) -> None:
+        self.kernel: Any = None
+        self.awake = False
+        self.inbox = Inbox()
+        self.subshells = Subshells(self._serve_in_subshell)
+        self.port = port
+        self._thread = BaseThread(name=CONTROL_THREAD_NAME, daemon=True)
+        self._loop = self._thread.io_loop.asyncio_loop
+        self._lock = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._loop.call_soon(self._loop.add_reader, self.port.fd, self._on_readable)
+        self._thread.start()
+
+    def _on_readable(self) -> None:
+        for message in self.port.receive():
+            body, buffers = frames.split(message)
+            self._dispatch(messages.decode(body, messages.ToGuest), buffers)
+
+    def _dispatch(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+        if not self.awake:
+            raise RuntimeError("a request came before the wake-up")
+        match request.channel:
+            case "vm":
+                self.inbox.put(request.msg_id, messages.decode_object(request.content))
+            case "stdin":
+                content = messages.decode_object(request.content)
+                self.inbox.put(request.msg_id, str(content.get("value", "")))
+            case "control":
+                task = self._loop.create_task(self._serve(request, buffers))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+            case "shell":
+                subshell_id = messages.decode_object(request.header).get("subshell_id", "")
+                subshell = self.subshells.get(subshell_id)
+                if subshell is not None:  # else it was just deleted: the host's answer is ready
+                    subshell.submit(request, buffers)
+                else:
+                    self._end(request)
+
+    async def _serve(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+        async with self._lock:  # one at a time, as ipykernel has it
+            await self._handle(request, buffers, self.kernel.control_handlers)
+
+    async def _serve_in_subshell(
+        self, request: messages.ToGuest, buffers: list[memoryview]
+    ) -> None:
+        await self._handle(request, buffers, self.kernel.shell_handlers)
+
+    async def _handle(
+        self, request: messages.ToGuest, buffers: list[memoryview], handlers: dict[str, Any]
+    ) -> None:
+        message = as_message(request, buffers)
+        try:
+            self.kernel.set_parent([], message, request.channel)
+            handler = handlers.get(request.msg_type)
+            if handler is not None:
+                result = handler(request.channel, [], message)
+                if inspect.isawaitable(result):
+                    await result
+        except Exception:
+            traceback.print_exc()
+        finally:
+            self._end(request)
+
+    def _end(self, request: messages.ToGuest) -> None:
+        session = self.kernel.session
+        session.pump.publish()
+        parent = {"header": {"msg_id": request.msg_id}}
+        session.send("iopub", "status", {"execution_state": "idle"}, parent)
+        session.port.flush()

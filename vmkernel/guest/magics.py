@@ -1,0 +1,38 @@
+"""``%vm``: the notebook asks about its own virtual machine.
+
+Where it stands: registered by ``guest.engine``.  The magic knows no command by itself: it passes
+the line to the host, which knows the VM, and prints what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_magic, magics_class
+
+CallHost = Callable[[str, list[str]], dict[str, Any]]
+"""call(command, arguments): what the host answers, content of a ``vm_reply``"""
+
+
+@magics_class
+class VmMagics(Magics):
+    """The magics of vmkernel."""
+
+    def __init__(self, shell: Any, call_host: CallHost) -> None:
+        super().__init__(shell)
+        self._call_host = call_host
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def vm(self, line: str) -> None:
+        """Ask about this kernel's virtual machine.
+
+        ``%vm`` or ``%vm info`` shows its recipe, memory, accelerator, age, slot and settings;
+        ``%vm help`` lists all commands.
+        """
+        command, *arguments = line.split() or ["info"]
+        reply = self._call_host(command, arguments)
+        if reply.get("status") != "ok":
+            raise UsageError(str(reply.get("evalue", "the host gave no reason")))
+        print(reply.get("text", ""))
