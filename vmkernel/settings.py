@@ -32,16 +32,18 @@ from vmkernel.values import (
     program,
     recipe_name,
     size,
+    switch,
 )
 
 Accelerator = Literal["auto", "kvm", "tcg"]
 OutputPolicy = Literal["trusted"]
+Switch = Literal["on", "off"]
 
 SYSTEM_CONFIG = Path("/etc/vmkernel/config.toml")
 ENVIRONMENT_PREFIX = "VMKERNEL_"
 
-# Stands for "beside the other sockets"; __post_init__ puts the real path in its place.
-_IN_RUNTIME_DIR = Path()
+# Stands for a file in one of the directories below; __post_init__ puts the real path in its place.
+_IN_ITS_DIR = Path()
 
 
 def _outputs(value: object) -> str:
@@ -127,6 +129,18 @@ FIELDS: dict[str, Field] = {
         absolute_path, _ABSOLUTE, "Where memory templates and remembered verdicts lie."
     ),
     "state_dir": Field(absolute_path, _ABSOLUTE, "Logs: each VM's console, QEMU's own words."),
+    "history": Field(
+        switch,
+        "on or off",
+        "Whether the cells that a person runs are kept on the host, for the history of the user's "
+        "next kernels (the arrow-up key, search). No guest sees it. `off`: a kernel knows its own "
+        "cells only, and nothing is written.",
+    ),
+    "history_file": Field(
+        absolute_path,
+        _ABSOLUTE,
+        "Where they are kept: an SQLite file of IPython's, mode 0600; several kernels share it.",
+    ),
     "log_level": Field(
         choice("debug", "info", "warning", "error"),
         "debug, info, warning or error",
@@ -150,7 +164,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     outputs: OutputPolicy = "trusted"
     max_concurrent_vms: int = msgspec.field(default_factory=lambda: default_vm_limit())  # noqa: PLW0108 - defined below
     max_concurrent_boots: int = 1
-    semaphore_file: Path = _IN_RUNTIME_DIR
+    semaphore_file: Path = _IN_ITS_DIR
     queue_timeout: float | None = None
     start_timeout: float = 60.0
     boot_timeout: float = 240.0
@@ -162,14 +176,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         default_factory=lambda: default_dir("runtime_dir", os.environ)
     )
     state_dir: Path = msgspec.field(default_factory=lambda: default_dir("state_dir", os.environ))
+    history: Switch = "on"
+    history_file: Path = _IN_ITS_DIR
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
         """Check what was handed in directly, by the same rules as what was read."""
         for name, field in FIELDS.items():
             value = getattr(self, name)
-            if name == "semaphore_file" and value == _IN_RUNTIME_DIR:
+            if name == "semaphore_file" and value == _IN_ITS_DIR:
                 value = self.runtime_dir / "slots"
+            elif name == "history_file" and value == _IN_ITS_DIR:
+                value = self.state_dir / "history.sqlite"
             msgspec.structs.force_setattr(self, name, _parse(name, field, value, "the program"))
 
 

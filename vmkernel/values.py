@@ -108,6 +108,13 @@ def choice(*choices: str) -> Callable[[object], str]:
     return parse
 
 
+def switch(value: object) -> str:
+    """``"on"`` or ``"off"``; TOML's ``true`` and ``false`` are taken, too."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return choice("on", "off")(value)
+
+
 def recipe_name(value: object) -> str:
     """A recipe's name."""
     # The name becomes a directory's name: nothing that could leave images_dir.

@@ -51,6 +51,8 @@ def test_defaults():
     assert settings.state_dir == Path("/home/someone/.local/state/vmkernel")
     assert settings.runtime_dir == Path(f"/tmp/vmkernel-{os.getuid()}")
     assert settings.semaphore_file == settings.runtime_dir / "slots"
+    assert settings.history == "on"
+    assert settings.history_file == settings.state_dir / "history.sqlite"
     assert 2 <= settings.max_concurrent_vms <= 256
 
 
@@ -115,6 +117,7 @@ def test_a_semaphore_file_may_lie_elsewhere(load):
         ("qemu", " "),
         ("recipe", "../etc"), ("recipe", "UPPER"), ("recipe", "."), ("recipe", "a" * 65),
         ("log_level", "loud"),
+        ("history", "maybe"), ("history_file", "history.sqlite"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_names_the_setting_its_source_and_what_is_allowed(load, name, value):
@@ -183,6 +186,12 @@ def test_sizes(text, mebibytes):
             parse_size(text)
     else:
         assert parse_size(text) == mebibytes
+
+
+def test_a_switch(load):
+    assert load(user="history = false").settings.history == "off"
+    assert load(user='history = "off"', VMKERNEL_HISTORY="On").settings.history == "on"
+    assert load(overrides={"history": "off"}).settings.history == "off"
 
 
 def test_durations(load):

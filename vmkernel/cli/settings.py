@@ -44,6 +44,7 @@ _DEFAULTS_IN_WORDS = {
     "images_dir": "`$XDG_DATA_HOME/vmkernel/images` (`~/.local/share/…`)",
     "cache_dir": "`$XDG_CACHE_HOME/vmkernel` (`~/.cache/…`)",
     "runtime_dir": "`$XDG_RUNTIME_DIR/vmkernel`, or `/tmp/vmkernel-<uid>`",
+    "history_file": "`<state_dir>/history.sqlite`",
     "state_dir": "`$XDG_STATE_HOME/vmkernel` (`~/.local/state/…`)",
 }
 _UNITS = {"memory": " MiB", "scratch_size": " MiB", "console_log_size": " MiB",
