@@ -136,12 +136,24 @@ def datascience_image() -> str:
     return _image("datascience")
 
 
-def _kernelspec(name: str, recipe: str) -> str:
+@pytest.fixture(scope="session")
+def relay_image() -> str:
+    """The name of the image with an unmodified ipykernel behind the relay, which is there."""
+    return _image("relay")
+
+
+@pytest.fixture(scope="session")
+def bash_image() -> str:
+    """The name of the image with a bash kernel, which is there."""
+    return _image("bash")
+
+
+def _kernelspec(name: str, recipe: str, memory: str = "1G") -> str:
     from vmkernel.cli.install import install_kernelspec
 
     kernels = Path(os.environ["JUPYTER_DATA_DIR"]) / "kernels"
     # A gigabyte is plenty for tests and halves what a template takes on disk.
-    install_kernelspec(kernels, name=name, options={"recipe": recipe, "memory": "1G"})
+    install_kernelspec(kernels, name=name, options={"recipe": recipe, "memory": memory})
     return name
 
 
@@ -155,6 +167,18 @@ def minimal_kernel(minimal_image: str) -> str:
 def datascience_kernel(datascience_image: str) -> str:
     """The name of an installed kernelspec on the image with numpy and friends."""
     return _kernelspec("vmsandbox", datascience_image)
+
+
+@pytest.fixture(scope="session")
+def relay_kernel(relay_image: str) -> str:
+    """The name of an installed kernelspec of an unmodified ipykernel: the yardstick."""
+    return _kernelspec("vmsandbox-relay", relay_image, "512M")
+
+
+@pytest.fixture(scope="session")
+def bash_kernel(bash_image: str) -> str:
+    """The name of an installed kernelspec of a bash kernel."""
+    return _kernelspec("vmsandbox-bash", bash_image, "512M")
 
 
 @pytest.fixture

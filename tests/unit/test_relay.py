@@ -273,7 +273,7 @@ def test_an_interrupt_while_idle_does_nothing(relay: Relay) -> None:
 
 
 def test_a_kernel_that_wants_messages_gets_no_signal(start: Callable[..., Relay]) -> None:
-    relay = start({**WARM, "interrupt": "message"})
+    relay = start({**WARM, "interrupt_mode": "message"})
     relay.wake()
     # ipykernel answers an interrupt_request with a SIGINT to itself or its group
     msg_id = relay.cell("import time; time.sleep(60)")

@@ -54,6 +54,7 @@ class Agent:
         self._outputs: dict[str, int] = {}
         self._status = -1
         self._oom_kills = 0
+        self._config: dict[str, Any] = {}
         self._template = True  # in the making, until somebody wakes it
         self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -70,8 +71,8 @@ class Agent:
         self.send(messages.Hello(os.uname().release, platform.python_version()))
         calm_machine()
         try:
-            config = json.loads(CONFIG.read_text())
-            import_engine(config["preload"])
+            self._config = json.loads(CONFIG.read_text())
+            import_engine(self._config)
         except BaseException:
             self.send(messages.Failed("the guest kernel cannot be imported:\n" + _traceback()))
             raise
@@ -116,7 +117,8 @@ class Agent:
                 # What a fork inherits but user code must not have: the agent's own way to the host
                 for fd in (self.port.fd, self._signal_read, self._signal_write, status):
                     os.close(fd)
-                run_engine(self.kernel_ports, dict(self._outputs), status_write, marker)
+                run = run_relay if self._config["engine"] == "relay" else run_engine
+                run(self.kernel_ports, dict(self._outputs), status_write, marker, self._config)
                 os._exit(0)
             except BaseException:
                 os.write(status_write, json.dumps({"error": _traceback()}).encode())
@@ -205,9 +207,13 @@ class Agent:
         return None
 
 
-def import_engine(preload: list[str]) -> None:
+def import_engine(config: dict[str, Any]) -> None:
     """Import what every guest kernel needs, so that its forks have it."""
     os.environ["HOME"] = pwd.getpwnam(USER).pw_dir
+    if config["engine"] == "relay":
+        importlib.import_module("vmkernel.guest.relay")
+        return
+    preload = config["preload"]
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     importlib.import_module("vmkernel.guest.engine")
     for name in ("jedi", "IPython.core.pylabtools", "pexpect", *preload):
@@ -264,7 +270,11 @@ def become_user() -> None:
 
 
 def run_engine(
-    ports: tuple[int, int], outputs: dict[str, int], status: int, marker: bytes | None
+    ports: tuple[int, int],
+    outputs: dict[str, int],
+    status: int,
+    marker: bytes | None,
+    config: dict[str, Any],
 ) -> None:
     """Be the guest kernel, on the ports "kernel" and "control".
 
@@ -284,6 +294,39 @@ def run_engine(
         os.close(status)
 
     engine.run(on_ready, warm_up=marker is None)
+
+
+def run_relay(
+    ports: tuple[int, int],
+    outputs: dict[str, int],
+    status: int,
+    marker: bytes | None,
+    config: dict[str, Any],
+) -> NoReturn:
+    """Stand between the ports and the kernel that the recipe names; end as that kernel ends."""
+    from vmkernel.guest import relay
+
+    ready = False
+
+    def on_ready(kernel_info: dict[str, Any]) -> None:
+        nonlocal ready
+        ready = True
+        os.write(status, json.dumps(kernel_info).encode())
+        os.close(status)
+
+    try:
+        engine = relay.Relay(ports, outputs, relay.read_recipe(config["relay"]))
+        if marker is not None:
+            engine.resync(marker)
+        end = engine.run(on_ready, template=marker is None)
+        if not ready:
+            raise RuntimeError(f"the kernel ended before it was ready: {end}")
+    except BaseException:
+        traceback.print_exc()  # for the news of our death
+        if not ready:
+            raise
+        os._exit(1)
+    relay.end_like(end)
 
 
 def oom_kills() -> int:

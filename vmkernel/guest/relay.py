@@ -49,8 +49,13 @@ class Recipe(msgspec.Struct):
 
     argv: list[str]
     env: dict[str, str] = {}
-    interrupt: str = "signal"
+    interrupt_mode: str = "signal"
     wake_code: str = ""
+
+
+def read_recipe(config: dict[str, Any]) -> Recipe:
+    """The recipe from the guest's configuration."""
+    return msgspec.convert(config, Recipe)
 
 
 class _Open(msgspec.Struct):
@@ -82,6 +87,11 @@ class Relay:
         self._heard = 0.0
         self._count = 0
         self._poller = zmq.Poller()
+
+    def resync(self, marker: bytes) -> None:
+        """Take the place of a dead guest kernel: every port begins anew at ``marker``."""
+        for port in self.ports:
+            port.resync(marker)
 
     # --- life ---
 
@@ -129,7 +139,7 @@ class Relay:
             self._recipe.argv,
             env={**env, **self._recipe.env},
             cwd=cwd,
-            own_group=self._recipe.interrupt == "message",
+            own_group=self._recipe.interrupt_mode == "message",
         )
         for socket in kernel.sockets.values():
             self._poller.register(socket, zmq.POLLIN)
@@ -215,12 +225,12 @@ class Relay:
         if request.msg_type == "wake_request":
             self._wake(request)
             return
+        if request.channel == "vm":
+            return  # an answer to what only the Python engine asks
         kernel = self._kernel
         if not self._awake or kernel is None:
             return  # fail closed
-        channel: Channel = "shell"
-        if request.channel in ("control", "stdin"):
-            channel = request.channel
+        channel: Channel = request.channel
         msg_id, msg_type = request.msg_id, request.msg_type
         if channel != "stdin":
             if msg_type == "execute_request":
@@ -252,7 +262,7 @@ class Relay:
         """The agent sent SIGINT to our process group: the kernel has it, too, or is told."""
         if self._kernel is None or not self._awake:
             return
-        if self._recipe.interrupt == "message":
+        if self._recipe.interrupt_mode == "message":
             self._ask("control", "interrupt_request", {})
         else:
             # ipykernel#881: the signal alone does not wake a loop that awaits, a message does

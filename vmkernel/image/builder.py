@@ -55,6 +55,7 @@ def build_image(
 ) -> Image:
     """Build the image of *recipe*, unless there is one of exactly this recipe (or *force*).
 
+    Where an image of another recipe has the same content, both share its files on the disk.
     *progress* gets the phase in words and the fraction done. *mirrors* stand in for those of the
     host's apt configuration. Waits while another process builds an image of this name, and takes
     that one if it fits.
@@ -77,8 +78,12 @@ def build_image(
         _sweep(recipe.name, settings)
         work = settings.images_dir / f".tmp-{recipe.name}-{os.getpid()}"
         try:
+            twin = None if force else _of_same_content(recipe, settings)
             with Tools(settings.state_dir / f"image-{recipe.name}.log") as tools:
-                _build(recipe, work, tools, mirrors or host_mirrors(), progress)
+                if twin is not None:
+                    _share(twin, recipe, work)
+                else:
+                    _build(recipe, work, tools, mirrors or host_mirrors(), progress)
                 progress("putting the image in place", 0.99)
                 _put_in_place(work / "image", settings.images_dir / recipe.name)
         except OSError as error:
@@ -177,11 +182,41 @@ def _build(
             for name in store.FILES
         },
     )
+    _write_manifest(manifest, image)
+
+
+def _write_manifest(manifest: store.Manifest, directory: Path) -> None:
     encoded = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
-    (image / store.MANIFEST).write_bytes(encoded + b"\n")
-    for path in image.iterdir():
+    (directory / store.MANIFEST).write_bytes(encoded + b"\n")
+    for path in directory.iterdir():
         path.chmod(0o644)
         _flush(path)
+
+
+def _of_same_content(recipe: Recipe, settings: Settings) -> Image | None:
+    """An image of another recipe that has the content of this one's."""
+    for _, image in store.list_images(settings):
+        if (
+            isinstance(image, Image)
+            and image.name != recipe.name
+            and recipe.has_content_of(image.recipe)
+            and image.manifest.debian_suite == debian.SUITE
+        ):
+            return image
+    return None
+
+
+def _share(twin: Image, recipe: Recipe, work: Path) -> None:
+    """Make an image of *twin*'s files, which nobody writes to, and a manifest of its own."""
+    image = work / "image"
+    image.mkdir(parents=True)
+    for name in store.FILES:
+        try:
+            (image / name).hardlink_to(twin.directory / name)
+        except OSError:  # a file system without them, or another user's file
+            shutil.copyfile(twin.directory / name, image / name)
+    changes = {"recipe": recipe, "created": datetime.now(UTC).isoformat()}
+    _write_manifest(msgspec.structs.replace(twin.manifest, **changes), image)
 
 
 def _make_erofs(root: Path, target: Path, tools: Tools) -> None:

@@ -29,8 +29,8 @@ ModuleName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)
 # Below site-packages, no way out of it.
 PrunePattern = Annotated[str, msgspec.Meta(pattern=r"^(?!.*\.\.)[A-Za-z0-9_][\w./*?-]*$")]
 
-# What every guest needs for the agent and the engine (vmkernel.guest) to run in it.
-_ALWAYS_REQUIRED = ("msgspec",)
+# What every guest needs for the agent and either engine (vmkernel.guest) to run in it.
+_ALWAYS_REQUIRED = ("msgspec", "pyzmq")
 
 
 class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -38,11 +38,18 @@ class _Strict(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Language(_Strict, frozen=True, kw_only=True):
-    """How a front end shows the kernel."""
+    """How a front end shows the kernel, also before the kernel itself can tell.
+
+    Apart from *display_name*, as in ``language_info`` of a ``kernel_info_reply``; *name* is also
+    the kernelspec's ``language``.
+    """
 
     name: str = "python"
-    """As in a kernelspec's ``language``."""
     display_name: str = "Python (microVM)"
+    mimetype: str = "text/plain"
+    file_extension: str = ".txt"
+    pygments_lexer: str = ""
+    codemirror_mode: str = ""
 
 
 class Debian(_Strict, frozen=True, kw_only=True):
@@ -68,6 +75,23 @@ class Recipe(_Strict, frozen=True, kw_only=True):
     """``python``: IPython in the guest's own process. ``relay``: *argv*, an unmodified kernel."""
     argv: tuple[str, ...] = ()
     """Only for ``relay``: the kernel's command, with ``{connection_file}`` in it."""
+    env: dict[str, str] = {}
+    """Only for ``relay``: variables that the kernel gets besides those of the guest."""
+    interrupt_mode: Literal["signal", "message"] = "signal"
+    """Only for ``relay``: how the kernel wants to be interrupted, as in its own kernelspec."""
+    wake_code: str = ""
+    """Only for ``relay``: what makes a kernel that ran in the memory template differ from its
+    twins, in the kernel's language; run silently in each clone, before any request is served. It
+    must succeed. Placeholders, which are replaced by values made for each clone:
+
+    * ``{seed}``: a random number from 0 to 2³¹ − 1;
+    * ``{entropy}``: 512 random bits, as hexadecimal digits;
+    * ``{cwd:json}``, ``{cwd:sh}``: the working directory, quoted: as JSON, or for a shell;
+    * ``{env:json}``: variables of the environment, as a JSON object;
+      ``{env:sh}``: as quoted words ``NAME=value`` for a shell (none: nothing).
+
+    A recipe without it is not kept warm: its kernel is started in each clone, which takes the
+    time that it takes, and starts with the right directory and environment."""
     preload: tuple[ModuleName, ...] = ()
     """Modules imported in the memory template: free for every kernel after."""
     memory: int | None = None
@@ -80,6 +104,15 @@ class Recipe(_Strict, frozen=True, kw_only=True):
         """What pip is to install: the recipe's requirements and what every guest needs."""
         named = {distribution_name(text) for text in self.python.requirements}
         return self.python.requirements + tuple(n for n in _ALWAYS_REQUIRED if n not in named)
+
+    def has_content_of(self, other: Recipe) -> bool:
+        """Whether an image of *other* is one of this recipe, too: the same files are in both."""
+        return (
+            self.requirements() == other.requirements()
+            and self.python.prune == other.python.prune
+            and self.debian == other.debian
+            and set(self.preload) <= set(other.preload)  # which were found there
+        )
 
 
 def distribution_name(requirement: str) -> str:
@@ -160,12 +193,18 @@ def _check(recipe: Recipe, path: Path) -> None:
         raise _mistake(path, f"`memory` is {recipe.memory} MiB; allowed are 64M to 1T")
     if recipe.engine == "relay" and not any("{connection_file}" in word for word in recipe.argv):
         raise _mistake(path, '`engine = "relay"` needs `argv` with "{connection_file}" in it')
-    if recipe.engine == "python" and recipe.argv:
-        raise _mistake(path, '`argv` is only for `engine = "relay"`')
+    if recipe.engine == "relay" and recipe.preload:
+        raise _mistake(path, '`preload` is only for `engine = "python"`')
     if recipe.engine == "python":
+        for key in ("argv", "env", "interrupt_mode", "wake_code"):
+            if getattr(recipe, key) != getattr(_PLAIN, key):
+                raise _mistake(path, f'`{key}` is only for `engine = "relay"`')
         named = {distribution_name(text) for text in recipe.python.requirements}
         if "ipykernel" not in named:
             raise _mistake(path, "`python.requirements` lacks ipykernel, the engine's base")
+
+
+_PLAIN = Recipe(name="plain")
 
 
 def _in_words(error: str) -> str:

@@ -32,6 +32,7 @@ from vmkernel.vm.template import (
     Spec,
     Template,
     disk_errors,
+    guest_config,
     guest_files,
     list_templates,
     sha256_sparse,
@@ -319,7 +320,7 @@ def _make_initrd(spec: Spec, work: Path) -> None:
         path = tree / "vmkernel" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path)
-    config = {"preload": spec.image.recipe.preload}
+    config = guest_config(spec.image.recipe)
     (tree / "vmkernel" / "config.json").write_text(json.dumps(config))
     for path in (tree / "vmkernel", *tree.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)

@@ -31,6 +31,7 @@ from vmkernel.errors import TemplateError, VmError
 from vmkernel.vm.command import Accelerator, Machine, kernel_cmdline, machine_fingerprint
 
 if TYPE_CHECKING:
+    from vmkernel.image.recipe import Recipe
     from vmkernel.image.store import Image
     from vmkernel.settings import Settings
 
@@ -88,7 +89,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
         return {
             "format": FORMAT,
             "image": self.image.digest,
-            "preload": self.image.recipe.preload,  # images are reproducible: the same digest
+            "config": guest_config(self.image.recipe),  # images are reproducible: one digest
             "guest": guest_digest(),
             "machine": machine_fingerprint(self.machine()),
             "cmdline": kernel_cmdline(self.accelerator, self.tsc_khz),
@@ -361,6 +362,20 @@ def guest_files() -> dict[str, Path]:
         for path in sorted((package / name).glob("*.py")):
             files[f"vmkernel/{name}/{path.name}"] = path
     return files
+
+
+def guest_config(recipe: Recipe) -> dict[str, Any]:
+    """What the guest's agent must know of the recipe: /run/vmkernel/config.json."""
+    return {
+        "engine": recipe.engine,
+        "preload": recipe.preload,
+        "relay": {
+            "argv": recipe.argv,
+            "env": recipe.env,
+            "interrupt_mode": recipe.interrupt_mode,
+            "wake_code": recipe.wake_code,
+        },
+    }
 
 
 def guest_digest() -> str:
