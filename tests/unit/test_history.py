@@ -23,6 +23,7 @@ import pytest
 from ipykernel.ipkernel import IPythonKernel
 from IPython.core.history import HistoryManager
 from IPython.core.interactiveshell import InteractiveShell
+from traitlets.config import Config
 
 from vmkernel.kernel import history as history_module
 from vmkernel.kernel.history import History
@@ -150,9 +151,7 @@ async def test_it_answers_as_ipykernel_does(start, file, tmp_path):
     await ask(history, "tail")
 
     shutil.copy(file, tmp_path / "plain.sqlite")
-    shell = InteractiveShell()
-    shell.history_manager.close()
-    shell.history_manager = None  # it would end its session at exit
+    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
     plain = HistoryManager(shell, hist_file=tmp_path / "plain.sqlite")
     plain.db.execute("DELETE FROM sessions WHERE session = ?", (plain.session_number,))
     plain.db.execute("DELETE FROM history WHERE session = 2")
@@ -193,7 +192,7 @@ async def test_it_answers_as_ipykernel_does(start, file, tmp_path):
             assert await history.query(asked) == wanted, asked
             compared += len(wanted["history"])
     finally:
-        plain.close()
+        plain.end_session()
     assert compared > 500
 
 
