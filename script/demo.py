@@ -178,7 +178,7 @@ def ensure_kernelspec() -> Path:
     import json
 
     kernels = Path(sys.prefix) / "share" / "jupyter" / "kernels"
-    wanted = kernel_json("Python (microVM)", {})
+    wanted = kernel_json(None, {})
     file = kernels / KERNEL / "kernel.json"
     if is_ours(file.parent) and json.loads(file.read_text()) == wanted:
         return file.parent

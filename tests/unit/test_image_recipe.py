@@ -47,6 +47,18 @@ def test_a_recipe_of_ones_own_is_read_by_path(tmp_path: Path) -> None:
     assert recipe.language.display_name == "Mine"
 
 
+def test_pyzmq_is_there_for_the_relay() -> None:
+    for name in recipe_names():
+        named = [distribution_name(text) for text in load_recipe(name).requirements()]
+        assert named.count("pyzmq") == 1
+
+
+def test_the_yardstick_is_made_of_the_same_files_as_minimal() -> None:
+    assert load_recipe("relay").has_content_of(load_recipe("minimal"))
+    assert not load_recipe("bash").has_content_of(load_recipe("minimal"))
+    assert not load_recipe("datascience").has_content_of(load_recipe("minimal"))
+
+
 def test_msgspec_is_always_there_and_once(tmp_path: Path) -> None:
     assert "msgspec" in load_recipe("minimal").requirements()
     recipe = load_recipe(write(tmp_path, WHOLE))
@@ -72,6 +84,12 @@ def test_msgspec_is_always_there_and_once(tmp_path: Path) -> None:
         (WHOLE.replace('"numpy",', '"numpy; import os",'), ["preload"]),
         (WHOLE.replace("memory", 'engine = "relay"\nmemory'), ["argv", "connection_file"]),
         (WHOLE.replace("memory", 'argv = ["x"]\nmemory'), ["argv", "relay"]),
+        (WHOLE.replace("memory", 'wake_code = "1"\nmemory'), ["wake_code", "relay"]),
+        (WHOLE.replace("memory", 'interrupt_mode = "shout"\nmemory'), ["interrupt_mode"]),
+        (
+            WHOLE.replace("memory", 'engine = "relay"\nargv = ["{connection_file}"]\nmemory'),
+            ["preload", "python"],
+        ),
         (WHOLE.replace("memory", 'engine = "ruby"\nmemory'), ["engine"]),
         (WHOLE.replace("]", ""), ["TOML"]),
     ],

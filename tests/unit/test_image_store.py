@@ -206,6 +206,21 @@ def test_an_image_of_this_very_recipe_is_not_built_again(settings: Settings) -> 
     assert builder._existing(other, settings) is None
 
 
+def test_recipes_of_the_same_content_share_their_files(settings: Settings) -> None:
+    put_image(settings.images_dir / "minimal")
+    image = builder.build_image(load_recipe("relay"), settings)
+    assert image.recipe.engine == "relay"
+    assert image.digest == find_image("minimal", settings).digest
+    for file in FILES:
+        assert (image.directory / file).samefile(settings.images_dir / "minimal" / file)
+    verify_image("relay", settings)
+    remove_image("minimal", settings)
+    verify_image("relay", settings)
+    assert {path.name for path in settings.images_dir.iterdir()} == {
+        "relay", ".lock-minimal", ".lock-relay",
+    }  # fmt: skip
+
+
 def test_an_unwritable_directory_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     settings = load_settings(environ={"VMKERNEL_IMAGES_DIR": str(tmp_path / "file/images")})

@@ -35,6 +35,34 @@ def test_a_kernelspec_starts_this_python_and_says_only_what_was_given(tmp_path):
     }
 
 
+def test_another_recipe_brings_its_name_and_language(tmp_path):
+    target = install_kernelspec(tmp_path, options={"recipe": "bash"})
+    assert target == tmp_path / "vmsandbox-bash"
+    spec = _spec(target)
+    assert spec["argv"][6:] == ["--recipe=bash"]
+    assert (spec["display_name"], spec["language"]) == ("Bash (microVM)", "bash")
+    assert spec["interrupt_mode"] == "message"  # the wrapper's; the guest's kernel gets its own
+    assert spec["metadata"]["debugger"] is False
+
+
+def test_the_command_follows_the_recipe_as_well(tmp_path):
+    def installed(*words: str) -> Path:
+        done = subprocess.run(
+            [sys.executable, "-c", "from vmkernel.cli.app import main; main()", "install",
+             "--prefix", tmp_path, *words],
+            capture_output=True, text=True, timeout=60, check=True,
+        )  # fmt: skip
+        return Path(done.stdout.rpartition(" in ")[2].strip())
+
+    target = installed("--recipe", "bash")
+    assert target == tmp_path / "share/jupyter/kernels/vmsandbox-bash"
+    assert installed("--recipe=bash", "--name=shell", "--display-name=Sh").name == "shell"
+    assert _spec(target.with_name("shell"))["display_name"] == "Sh"
+    assert _spec(target.with_name("shell"))["language"] == "bash"
+    assert installed("--recipe=datascience").name == installed().name == "vmsandbox"
+    assert installed("--recipe=no-image-yet").name == "vmsandbox-no-image-yet"
+
+
 def test_options_become_the_command_line(tmp_path):
     options = {"memory": "4G", "vcpus": "2", "queue_timeout": "5m"}
     target = install_kernelspec(tmp_path, name="big", display_name="Größer", options=options)

@@ -190,4 +190,12 @@ def _kernelspec(settings: Settings) -> Check:
     ]
     if dead:
         return Check("kernelspec", "warning", "; ".join(dead), "vmkernel install writes it anew")
+    for name, path in found.items():
+        for word in json.loads((path / "kernel.json").read_text())["argv"]:
+            recipe = word.removeprefix("--recipe=")
+            if recipe != word and not (settings.images_dir / recipe / "manifest.json").is_file():
+                return Check(
+                    "kernelspec", "warning", f"{name} in {path} needs the image {recipe!r}, "
+                    "which is not built", f"vmkernel image build {recipe}",
+                )  # fmt: skip
     return Check("kernelspec", "ok", ", ".join(f"{name} ({path})" for name, path in found.items()))

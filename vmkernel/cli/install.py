@@ -12,39 +12,77 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from vmkernel.errors import SettingsError, VmError
+from vmkernel.errors import ImageError, SettingsError, VmError
+
+if TYPE_CHECKING:
+    from vmkernel.image.recipe import Recipe
+    from vmkernel.settings import Settings
 
 DEFAULT_NAME = "vmsandbox"
-DEFAULT_DISPLAY_NAME = "Python (microVM)"
 # As jupyter_client.kernelspec allows them, less capitals, which it would turn to small ones.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 
 
-def kernel_json(display_name: str, options: Mapping[str, str]) -> dict[str, Any]:
-    """The content of ``kernel.json``: the template, this Python, and *options* (settings)."""
+def kernel_name(options: Mapping[str, str]) -> str:
+    """The kernelspec's name where none is asked for: ``vmsandbox``, or with the recipe's name."""
+    from vmkernel.settings import Settings
+
+    recipe = options.get("recipe", "")
+    return DEFAULT_NAME if recipe in ("", Settings().recipe) else f"{DEFAULT_NAME}-{recipe}"
+
+
+def kernel_json(
+    display_name: str | None, options: Mapping[str, str], recipe: Recipe | None = None
+) -> dict[str, Any]:
+    """The content of ``kernel.json``: the template, this Python, and *options* (settings).
+
+    *recipe* gives the language and, where *display_name* is None, what the launcher shows.  The
+    interrupt mode is the wrapper kernel's, not that of the kernel in the guest: it takes messages.
+    """
     from vmkernel.resources import resource_dir
 
     spec: dict[str, Any] = json.loads((resource_dir("kernelspec") / "kernel.json").read_text())
     # sys.executable as it is: resolving a venv's link would lose the venv.
     spec["argv"] = [sys.executable if word == "{python}" else word for word in spec["argv"]]
     spec["argv"] += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    spec["display_name"] = display_name
+    if recipe is not None:
+        spec["display_name"] = recipe.language.display_name
+        spec["language"] = recipe.language.name
+        if recipe.engine != "python":
+            spec["metadata"]["debugger"] = False
+    if display_name is not None:
+        spec["display_name"] = display_name
     return spec
+
+
+def chosen_recipe(settings: Settings) -> Recipe | None:
+    """What the settings' image was built from, or is to be; None when nobody knows the name."""
+    from vmkernel.image.recipe import load_recipe
+    from vmkernel.image.store import find_image
+
+    try:
+        return find_image(settings.recipe, settings).recipe
+    except ImageError:
+        try:
+            return load_recipe(settings.recipe)
+        except ImageError:
+            return None
 
 
 def install_kernelspec(
     kernels_dir: Path,
     *,
-    name: str = DEFAULT_NAME,
-    display_name: str = DEFAULT_DISPLAY_NAME,
+    name: str | None = None,
+    display_name: str | None = None,
     options: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the kernelspec *name* into *kernels_dir* (``…/share/jupyter/kernels``), in one step.
 
+    Without *name* and *display_name* they follow the recipe that *options* or settings name.
     *options* are settings by name, as text; they are checked here, so that a mistake shows now
     and not when a notebook is opened. Returns the kernelspec's directory.
 
@@ -56,7 +94,8 @@ def install_kernelspec(
     from vmkernel.settings import load_settings
 
     options = dict(options or {})
-    load_settings(options)
+    recipe = chosen_recipe(load_settings(options))
+    name = kernel_name(options) if name is None else name
     if not _NAME.fullmatch(name):
         raise SettingsError(
             f"{name!r} cannot be a kernel's name",
@@ -77,7 +116,8 @@ def install_kernelspec(
         fresh.mkdir()
         for logo in resource_dir("kernelspec").glob("logo-*"):
             shutil.copyfile(logo, fresh / logo.name)
-        text = json.dumps(kernel_json(display_name, options), indent=2, ensure_ascii=False)
+        content = kernel_json(display_name, options, recipe)
+        text = json.dumps(content, indent=2, ensure_ascii=False)
         (fresh / "kernel.json").write_text(text + "\n", encoding="utf-8")
         _remove(target)
         fresh.rename(target)
@@ -167,13 +207,8 @@ _prefix = click.option(
 @_user
 @_sys_prefix
 @_prefix
-@click.option("--name", default=DEFAULT_NAME, show_default=True, help="The kernel's name.")
-@click.option(
-    "--display-name",
-    default=DEFAULT_DISPLAY_NAME,
-    show_default=True,
-    help="What the launcher shows.",
-)
+@click.option("--name", help="The kernel's name; else vmsandbox, or vmsandbox-RECIPE.")
+@click.option("--display-name", help="What the launcher shows; else what the recipe says.")
 @click.option("--recipe", help="The guest image to start from.")
 @click.option("--memory", help="Memory of the VM, like 4G.")
 @click.option("--vcpus", help="Virtual processors of the VM.")
@@ -184,8 +219,8 @@ def install(
     user: bool,
     sys_prefix: bool,
     prefix: Path | None,
-    name: str,
-    display_name: str,
+    name: str | None,
+    display_name: str | None,
     recipe: str | None,
     memory: str | None,
     vcpus: str | None,
@@ -211,6 +246,8 @@ def install(
         display_name=display_name,
         options=given,
     )
+    name = target.name
+    display_name = json.loads((target / "kernel.json").read_text())["display_name"]
     click.echo(f"Installed {name!r} ({display_name}) in {target}")
     settings = load_settings(given)
     if not (settings.images_dir / settings.recipe / "manifest.json").is_file():

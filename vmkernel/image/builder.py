@@ -74,18 +74,19 @@ def build_image(
         # Built by somebody else while this one waited: fresh enough even for `force`.
         if image is not None and (not force or image.manifest.created > asked):
             return image
-        _check_host(settings)
+        twin = None if force else _of_same_content(recipe, settings)
+        if twin is None:
+            _check_host(settings)
         _sweep(recipe.name, settings)
         work = settings.images_dir / f".tmp-{recipe.name}-{os.getpid()}"
         try:
-            twin = None if force else _of_same_content(recipe, settings)
-            with Tools(settings.state_dir / f"image-{recipe.name}.log") as tools:
-                if twin is not None:
-                    _share(twin, recipe, work)
-                else:
+            if twin is not None:
+                _share(twin, recipe, work)
+            else:
+                with Tools(settings.state_dir / f"image-{recipe.name}.log") as tools:
                     _build(recipe, work, tools, mirrors or host_mirrors(), progress)
-                progress("putting the image in place", 0.99)
-                _put_in_place(work / "image", settings.images_dir / recipe.name)
+            progress("putting the image in place", 0.99)
+            _put_in_place(work / "image", settings.images_dir / recipe.name)
         except OSError as error:
             raise _no_space(error, settings) from error
         finally:
