@@ -4,7 +4,8 @@ A running kernel is shared by the tests of a module: a start costs more than a c
 that serves many tests in a row is nearer to what users do.
 
 With KERNEL_UNDER_TEST=plain the same tests run against plain ipykernel instead: what they expect
-of ours is what Jupyter users have. (Tests that are about VMs fail then.)
+of ours is what Jupyter users have. (Tests that are about VMs fail then.) With
+KERNEL_UNDER_TEST=relay it is an unmodified ipykernel in a VM, behind the relay.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ def _kernels_dir() -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_spec(minimal_image: str, plain_spec: str) -> str:
+def small_spec(minimal_image: str, plain_spec: str, request: pytest.FixtureRequest) -> str:
     """The name of a kernelspec on the small image with little memory; its template is there."""
     if os.environ.get("KERNEL_UNDER_TEST") == "plain":
         return plain_spec
+    if os.environ.get("KERNEL_UNDER_TEST") == "relay":
+        return str(request.getfixturevalue("relay_kernel"))
     options = {"recipe": minimal_image, "memory": SMALL_MEMORY}
     install_kernelspec(_kernels_dir(), name="vmsandbox-small", options=options)
     # Not every client here is as patient as a first start is long.
