@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vmkernel.guest import wake
+from vmkernel.guest import usage, wake
 from vmkernel.guest.port import Port, open_port
 from vmkernel.protocol import frames, messages
 
@@ -54,6 +54,7 @@ class Agent:
         self._outputs: dict[str, int] = {}
         self._status = -1
         self._oom_kills = 0
+        self._meter = usage.Meter()
         self._config: dict[str, Any] = {}
         self._template = True  # in the making, until somebody wakes it
         self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -203,7 +204,7 @@ class Agent:
                     raise RuntimeError("the guest kernel is still there")
                 self.start_kernel(command.marker)
             case messages.Stats():
-                return stats()
+                return self._meter.measure(self.kernel_pid)
         return None
 
 
@@ -335,19 +336,6 @@ def oom_kills() -> int:
         if line.startswith("oom_kill "):
             return int(line.split()[1])
     return 0
-
-
-def stats() -> dict[str, Any]:
-    """Load and memory of the guest, bytes."""
-    memory = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, value = line.split(":")
-        memory[name] = int(value.split()[0]) * 1024
-    return {
-        "load": os.getloadavg(),
-        "memory_total": memory["MemTotal"],
-        "memory_available": memory["MemAvailable"],
-    }
 
 
 def _traceback() -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
@@ -179,31 +178,10 @@ class GuestSupply:
         )
 
     async def usage(self) -> dict[str, Any]:
-        """The content of a ``usage_reply``: the guest's memory and load."""
-        guest = self.current
-        if guest is None:
-            return {"hostname": "no VM", "pid": os.getpid()}
-        from vmkernel.protocol import messages
+        """The content of a ``usage_reply``: what the guest kernel and its machine use."""
+        from vmkernel.kernel.usage import usage
 
-        try:
-            stats = await guest.vm.agent.call(messages.Stats(), timeout=3.0)
-            total, available = int(stats["memory_total"]), int(stats["memory_available"])
-            load = float(stats["load"][0])
-        except (VmError, LookupError, TypeError, ValueError, OverflowError) as error:
-            log.warning("the guest's statistics cannot be had: %r", error)
-            return {"hostname": "the VM does not answer", "pid": os.getpid()}
-        used = total - available
-        return {
-            "hostname": guest.vm.machine.vm_id,
-            "pid": os.getpid(),
-            "kernel_cpu": 100.0 * load,
-            "kernel_memory": used,
-            "host_virtual_memory": {
-                "total": total,
-                "available": available,
-                "used": used,
-            },
-        }
+        return await usage(self.current, self._settings.memory, self._settings.vcpus)
 
     # --- work ---
 

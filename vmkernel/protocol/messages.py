@@ -103,7 +103,7 @@ class StartKernel(msgspec.Struct, tag="start_kernel", forbid_unknown_fields=True
 
 
 class Stats(msgspec.Struct, tag="stats", forbid_unknown_fields=True):
-    """Ask for the guest's load and memory."""
+    """Ask what the guest kernel and the machine use: the reply's result is a `Usage`."""
 
 
 Command = Wake | SetClock | Interrupt | StartKernel | Stats
@@ -161,6 +161,41 @@ class Reply(msgspec.Struct, tag="reply", forbid_unknown_fields=True):
 
 
 FromAgent = Hello | Ready | KernelDied | Failed | Reply
+
+
+Amount = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+Percent = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
+
+
+class Memory(msgspec.Struct, forbid_unknown_fields=True):
+    """The guest machine's memory in bytes, as psutil names its parts."""
+
+    total: Amount
+    available: Amount
+    percent: Percent
+    used: Amount
+    free: Amount
+    active: Amount
+    inactive: Amount
+    buffers: Amount
+    cached: Amount
+    shared: Amount
+    slab: Amount
+
+
+class Usage(msgspec.Struct, forbid_unknown_fields=True):
+    """What the guest kernel with its children, and the machine, use.
+
+    CPU in per cent of one processor since the last question (``machine_cpu`` of all; None at the
+    first), memory in bytes.  ``pid`` is the guest kernel's, 0 while there is none.
+    """
+
+    pid: Amount
+    kernel_cpu: Percent
+    kernel_memory: Amount
+    machine_cpu: Percent | None
+    cpu_count: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    memory: Memory
 
 
 # --- codecs --------------------------------------------------------------------------
