@@ -253,8 +253,20 @@ async def test_outputs_are_limited(start, monkeypatch):
         history.record(line, "x")
         history.output(line, "o" * 100)
     found = await ask(history, "range", session=0, start=1, output=True)
-    assert found[0] == [1, 1, ["x", "o" * 10 + " …"]]
-    assert sum(map(len, history._outputs.values())) <= 30
+    assert found == [
+        *([1, line, ["x", None]] for line in (1, 2, 3)),
+        *([1, line, ["x", "o" * 10 + " …"]] for line in (4, 5)),
+    ]
+
+
+async def test_a_result_that_is_said_again_and_again(start):
+    history = start()
+    history.record(1, "x")
+    for number in range(100_000):
+        history.output(1, str(number))
+    assert len(history._pending) == 1
+    found = await ask(history, "range", session=0, start=1, output=True)
+    assert found == [[1, 1, ["x", "99999"]]]
 
 
 # --- when it works ---
@@ -292,6 +304,16 @@ async def test_a_front_end_wants_another_file(start, file, tmp_path):
     assert await ask(history, "tail") == [[1, 1, "x"]]
     assert not file.exists()
     assert stored(tmp_path / "own.sqlite") == ["x"]
+
+
+async def test_a_front_end_with_options_of_no_use(start, file, caplog):
+    history = start("--IPKernelApp.hist_file=:memory:", "--HistoryManager.enabled=True")
+    history.record(1, "x")
+    assert await ask(history, "tail") == [[1, 1, "x"]]
+    wrong = start("--HistoryManager.db_log_output=perhaps")
+    wrong.record(1, "x")
+    await until(lambda: not wrong.on)
+    assert "db_log_output" in caplog.text
 
 
 async def test_a_cell_is_on_disk_soon_after_it_began(start, file):

@@ -62,17 +62,19 @@ _NOTHING: dict[str, Any] = {"status": "ok", "history": []}
 class History:
     """The history of one kernel, which is a *session* in IPython's words.
 
-    ``options`` are the front end's ``--HistoryManager.…=…``.  Makes no file and no process until
-    there is something to store or to find.
+    ``options`` are the front end's ``--Class.trait=…``; those of the HistoryManager count.
+    Makes no file and no process until there is something to store or to find.
     """
 
     def __init__(self, settings: Settings, options: Sequence[str] = ()) -> None:
         self.on = settings.history == "on" and not _is_private(options)
         """Whether the history is on the host; else the guest's own is all there is."""
         self._file = str(settings.history_file)
-        self._options = list(options)
+        self._options = [each for each in options if each.startswith("--HistoryManager.")]
         self._line = 0  # the session's last
         self._outputs: dict[int, str] = {}
+        self._kept = 0  # characters of them
+        self._fresh: set[int] = set()  # lines whose output is not in what is pending
         self._pending: deque[list[Any]] = deque()  # not known to be on disk, in order
         self._sent = 0  # how many of them the process has
         self._session: list[Any] | None = None  # as one process named it, for its successor
@@ -102,7 +104,9 @@ class History:
         if type(line) is not int or not 0 < line < MOST_LINES:
             return
         if line <= self._line:  # the guest kernel was replaced, and counts from 1 again
+            self._settle_outputs()
             self._outputs.clear()
+            self._kept = 0
             self._store(["session"])
         self._line = line
         self._store(["line", line, code])
@@ -115,11 +119,19 @@ class History:
             return
         if len(text) > LONGEST_OUTPUT:
             text = text[:LONGEST_OUTPUT] + " …"
+        self._kept += len(text) - len(self._outputs.get(line, ""))
         self._outputs[line] = text
-        kept = sum(map(len, self._outputs.values()))
-        while kept > MOST_OUTPUT:
-            kept -= len(self._outputs.pop(next(iter(self._outputs))))
-        self._store(["output", line, text])
+        while self._kept > MOST_OUTPUT:
+            self._kept -= len(self._outputs.pop(next(iter(self._outputs))))
+        self._fresh.add(line)
+        if self._due is None:
+            self._hand_over_in(DELAY)
+
+    def _settle_outputs(self) -> None:
+        """What a line's result is by now goes to disk: a guest may say it again and again."""
+        fresh, self._fresh = self._fresh, set()
+        for line in sorted(fresh & self._outputs.keys()):
+            self._store(["output", line, self._outputs[line]])
 
     def _store(self, item: list[Any]) -> None:
         if len(self._pending) >= MOST_PENDING:
@@ -167,11 +179,12 @@ class History:
 
     async def _hand_over(self) -> None:
         """Give what has come since to the process, which is started for it if need be."""
+        if not self.on:
+            return
+        self._settle_outputs()
         if self._due is not None:
             self._due.cancel()
             self._due = None
-        if not self.on:
-            return
         async with self._starting:
             if self._writer is None:
                 await self._start()
@@ -295,7 +308,7 @@ class History:
 
     async def close(self) -> None:
         """Hand over what is left.  The process ends by itself, once all is on disk."""
-        if self._pending and self._sent < len(self._pending):
+        if self._fresh or self._sent < len(self._pending):
             await self._hand_over()
         for timer in (self._due, self._rest):
             if timer is not None:

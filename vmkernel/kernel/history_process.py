@@ -35,6 +35,7 @@ import msgspec
 from IPython.core.history import HistoryManager
 from IPython.core.inputtransformer2 import TransformerManager
 from traitlets import Any as AnyTrait
+from traitlets import TraitError
 from traitlets.config import Config
 from traitlets.config.loader import DeferredConfigString
 
@@ -129,6 +130,8 @@ class Store:
             self.manager = SessionManager(None, config=config, log=log, resumed=session)
         except (OSError, sqlite3.OperationalError) as error:
             raise Trouble(f"it cannot be written: {error}") from error
+        except TraitError as error:
+            raise Trouble(str(error), final=True) from error
         if self.manager.hist_file != path:  # it fell back to memory
             raise Trouble("it cannot be written")
         if self.session == session:
