@@ -9,7 +9,6 @@ port: all that the guest kernel says goes one way, so it has one order.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import inspect
 import queue
 import threading
@@ -20,11 +19,12 @@ from typing import Any
 
 from ipykernel.thread import CONTROL_THREAD_NAME, BaseThread
 
-from vmkernel.guest.kernel import as_message
+from vmkernel.guest.kernel import COMM_TYPES, as_message
 from vmkernel.guest.port import Port
 from vmkernel.protocol import frames, messages
 
-Serve = Callable[[messages.ToGuest, list[memoryview]], Awaitable[None]]
+Serve = Callable[[dict[str, Any]], Awaitable[None]]
+ServeNow = Callable[[dict[str, Any]], None]
 POLL = 0.05
 """Seconds between two looks whether a signal came just before one began to wait."""
 
@@ -61,39 +61,45 @@ class Inbox:
 class Subshell(BaseThread):
     """A thread that serves requests one after another, beside the main shell."""
 
-    def __init__(self, subshell_id: str, serve: Serve) -> None:
+    def __init__(self, subshell_id: str, serve: Serve, serve_meanwhile: ServeNow) -> None:
         super().__init__(name=f"subshell-{subshell_id}", daemon=True)
         self.loop = self.io_loop.asyncio_loop
         self._serve = serve
+        self._serve_meanwhile = serve_meanwhile
         self._lock = asyncio.Lock()
-        self._context = contextvars.copy_context()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def submit(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+    def submit(self, message: dict[str, Any]) -> None:
         """Serve a request when those before it are served.  From any thread."""
-        self.loop.call_soon_threadsafe(self._begin, request, buffers)
+        self.loop.call_soon_threadsafe(self._begin, message)
 
-    def _begin(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
-        task = self.loop.create_task(self._in_turn(request, buffers), context=self._context)
+    def _begin(self, message: dict[str, Any]) -> None:
+        task = self.loop.create_task(self._in_turn(message))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _in_turn(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+    async def _in_turn(self, message: dict[str, Any]) -> None:
+        if message["msg_type"] in COMM_TYPES and self._lock.locked():
+            self._serve_meanwhile(message)
+            return
         async with self._lock:
-            await self._serve(request, buffers)
+            await self._serve(message)
 
 
 class Subshells:
     """All of them.  Its names are those that IPython's %subshell asks for."""
 
-    def __init__(self, serve: Serve) -> None:
+    def __init__(self, serve: Serve, serve_meanwhile: ServeNow) -> None:
         self._serve = serve
+        self._serve_meanwhile = serve_meanwhile
         self._threads: dict[str, Subshell] = {}
 
     def create(self) -> str:
         """Start one; its id."""
         subshell_id = str(uuid.uuid4())
-        thread = self._threads[subshell_id] = Subshell(subshell_id, self._serve)
+        thread = self._threads[subshell_id] = Subshell(
+            subshell_id, self._serve, self._serve_meanwhile
+        )
         thread.start()
         return subshell_id
 
@@ -128,7 +134,10 @@ class ControlLane:
         self.kernel: Any = None
         self.awake = False
         self.inbox = Inbox()
-        self.subshells = Subshells(self._serve_in_subshell)
+        self.subshells = Subshells(
+            self._serve_in_subshell,
+            lambda message: self.kernel.serve_meanwhile(message),  # noqa: PLW0108 - not there yet
+        )
         self.port = port
         self._thread = BaseThread(name=CONTROL_THREAD_NAME, daemon=True)
         self._loop = self._thread.io_loop.asyncio_loop
@@ -155,45 +164,45 @@ class ControlLane:
                 content = messages.decode_object(request.content)
                 self.inbox.put(request.msg_id, str(content.get("value", "")))
             case "control":
-                task = self._loop.create_task(self._serve(request, buffers))
+                task = self._loop.create_task(self._serve(as_message(request, buffers)))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
             case "shell":
-                subshell_id = messages.decode_object(request.header).get("subshell_id", "")
-                subshell = self.subshells.get(subshell_id)
-                if subshell is not None:  # else it was just deleted: the host's answer is ready
-                    subshell.submit(request, buffers)
-                else:
-                    self._end(request)
+                message = as_message(request, buffers)
+                subshell = self.subshells.get(message["header"].get("subshell_id", ""))
+                if subshell is not None:
+                    subshell.submit(message)
+                else:  # it was deleted in this very instant: the host has an answer
+                    self._end(message)
 
-    async def _serve(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+    async def _serve(self, message: dict[str, Any]) -> None:
         async with self._lock:  # one at a time, as ipykernel has it
-            await self._handle(request, buffers, self.kernel.control_handlers)
+            await self._handle("control", self.kernel.control_handlers, message)
 
-    async def _serve_in_subshell(
-        self, request: messages.ToGuest, buffers: list[memoryview]
-    ) -> None:
-        await self._handle(request, buffers, self.kernel.shell_handlers)
+    async def _serve_in_subshell(self, message: dict[str, Any]) -> None:
+        waits = asyncio.get_running_loop().call_soon(self.kernel.say_awaiting, message)
+        try:
+            await self._handle("shell", self.kernel.shell_handlers, message)
+        finally:
+            waits.cancel()
 
     async def _handle(
-        self, request: messages.ToGuest, buffers: list[memoryview], handlers: dict[str, Any]
+        self, channel: str, handlers: dict[str, Any], message: dict[str, Any]
     ) -> None:
-        message = as_message(request, buffers)
         try:
-            self.kernel.set_parent([], message, request.channel)
-            handler = handlers.get(request.msg_type)
+            self.kernel.set_parent([], message, channel)
+            handler = handlers.get(message["msg_type"])
             if handler is not None:
-                result = handler(request.channel, [], message)
+                result = handler(channel, [], message)
                 if inspect.isawaitable(result):
                     await result
         except Exception:
             traceback.print_exc()
         finally:
-            self._end(request)
+            self._end(message)
 
-    def _end(self, request: messages.ToGuest) -> None:
+    def _end(self, message: dict[str, Any]) -> None:
         session = self.kernel.session
         session.pump.publish()
-        parent = {"header": {"msg_id": request.msg_id}}
-        session.send("iopub", "status", {"execution_state": "idle"}, parent)
+        session.send("iopub", "status", {"execution_state": "idle"}, message)
         session.port.flush()

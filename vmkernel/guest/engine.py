@@ -34,7 +34,7 @@ from traitlets.config import Config
 
 from vmkernel.guest.control import ControlLane, Subshell
 from vmkernel.guest.debug import ShellCaller, connect_debugger
-from vmkernel.guest.kernel import PortKernel, as_message
+from vmkernel.guest.kernel import COMM_TYPES, PortKernel, as_message
 from vmkernel.guest.lean import Shortcuts
 from vmkernel.guest.magics import VmMagics
 from vmkernel.guest.port import Interrupts, Port
@@ -45,7 +45,6 @@ from vmkernel.guest.tracebacks import Tracebacks
 from vmkernel.guest.wake import reseed_process
 from vmkernel.protocol import frames, messages
 
-COMM_TYPES = frozenset(("comm_open", "comm_msg", "comm_close"))
 WARM_UP = (
     "1+1",
     "print(end='')",
@@ -224,10 +223,7 @@ class Engine:
         self._receive()
         while self._requests:
             request, buffers = self._requests.pop(0)
-            # A cell that waits in the event loop may be waiting for a widget's answer
-            meanwhile = request.msg_type in COMM_TYPES and self._lock.locked()
-            serve = self._serve_meanwhile if meanwhile else self._serve
-            task = asyncio.get_running_loop().create_task(serve(request, buffers))
+            task = asyncio.get_running_loop().create_task(self._serve(request, buffers))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -258,6 +254,10 @@ class Engine:
         return self._inputs.pop(0)
 
     async def _serve(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
+        if request.msg_type in COMM_TYPES and self._lock.locked():
+            # A cell that waits in the event loop may be waiting for a widget's answer
+            self.kernel.serve_meanwhile(as_message(request, buffers))
+            return
         async with self._lock:
             if request.msg_type == "wake_request":
                 await self._wake(request)
@@ -272,7 +272,7 @@ class Engine:
         self._shortcuts.forget()
         self._tracebacks.forget()
         # Comes to its turn only when the request lets the event loop run
-        waits = self._loop.call_soon(self._say_awaiting, request)
+        waits = self._loop.call_soon(kernel.say_awaiting, message)
         try:
             kernel.set_parent([], message, "shell")
             handler = kernel.shell_handlers.get(request.msg_type)
@@ -293,25 +293,6 @@ class Engine:
             self.pump.publish()  # not sys.stdout, which may be the user's, or None
             kernel.session.send("iopub", "status", {"execution_state": "idle"}, message)
             self.port.flush()
-
-    async def _serve_meanwhile(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
-        """A comm message while a cell waits: no status of its own, and the cell's stays."""
-        kernel = self.kernel
-        parent = kernel.get_parent("shell")
-        message = as_message(request, buffers)
-        try:
-            kernel.set_parent([], message, "shell")
-            kernel.shell_handlers[request.msg_type](request.channel, [], message)
-        except Exception:
-            traceback.print_exc()
-        finally:
-            kernel.set_parent([], parent, "shell")
-            self.pump.publish()
-            self.port.flush()
-
-    def _say_awaiting(self, request: messages.ToGuest) -> None:
-        if request.msg_type == "execute_request":
-            self.port.send(encode_body(["vm", "awaiting", request.msg_id, {}, {}]))
 
     def _call_host(self, command: str, arguments: list[str]) -> dict[str, Any]:
         """Ask vmkernel on the host; the content of its reply.  An interrupt ends the wait."""

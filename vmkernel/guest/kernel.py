@@ -9,6 +9,7 @@ import asyncio
 import functools
 import signal
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,10 @@ from ipykernel.ipkernel import IPythonKernel
 
 from vmkernel.guest.debug import PortDebugger
 from vmkernel.guest.port import Port
-from vmkernel.guest.session import PortSession
+from vmkernel.guest.session import PortSession, encode_body
 from vmkernel.protocol import messages
+
+COMM_TYPES = frozenset(("comm_open", "comm_msg", "comm_close"))
 
 
 class PortKernel(IPythonKernel):
@@ -104,6 +107,24 @@ class PortKernel(IPythonKernel):
     def _publish_debug_event(self, event: Any) -> None:
         super()._publish_debug_event(event)
         self.port.flush()  # whoever waits at a breakpoint sends nothing else
+
+    def serve_meanwhile(self, message: dict[str, Any]) -> None:
+        """Serve a comm message while a cell awaits: no status of its own, the cell's stays."""
+        parent = self.get_parent("shell")
+        try:
+            self.set_parent([], message, "shell")
+            self.shell_handlers[message["msg_type"]]("shell", [], message)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            self.set_parent([], parent, "shell")
+            self.session.pump.publish()
+            self.port.flush()
+
+    def say_awaiting(self, message: dict[str, Any]) -> None:
+        """Tell the host that a request lets the event loop run: comm messages can be served."""
+        if message["msg_type"] == "execute_request":
+            self.port.send(encode_body(["vm", "awaiting", message["msg_id"], {}, {}]))
 
     # --- subshells: ipykernel asks its shell channel thread, we have none ---
 

@@ -81,9 +81,19 @@ class Guest:
         if self._death is not None:  # after its answer, and before we came to read it
             raise VmGuestError(self._death.reason, hint=self._death.hint)
 
-    def send(self, request: messages.ToGuest, buffers: Sequence[frames.Piece] = ()) -> None:
-        """Send a request to the guest kernel.  Raises VmGuestError when the VM has ended."""
-        self.vm.kernel.send(messages.encode_json(request), buffers)
+    def send(
+        self,
+        request: messages.ToGuest,
+        buffers: Sequence[frames.Piece] = (),
+        *,
+        while_busy: bool = False,
+    ) -> None:
+        """Send a request to the guest kernel; ``while_busy`` so that it is heard during a cell.
+
+        Raises VmGuestError when the VM has ended.
+        """
+        port = self.vm.control if while_busy else self.vm.kernel
+        port.send(messages.encode_json(request), buffers)
 
     async def interrupt(self) -> None:
         """SIGINT to the guest kernel and its children.  Raises VmGuestError."""

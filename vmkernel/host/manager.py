@@ -131,6 +131,8 @@ class VmStart:
         self.accelerator = ""
         self.template: Template | None = None
         self.vm_id = ""
+        self.record: registry.VmRecord | None = None
+        """What is known of the VM once QEMU was started"""
         self._begun = begun
         self._guest: Guest | None = None
 
@@ -155,6 +157,7 @@ class VmStart:
         try:
             started = begun or await self._start(progress)
             self.template = started.template
+            self.record = started.record
             self.vm_id = started.record.vm_id
             self.accelerator = started.spawned.machine.accelerator
             guest = self._guest = Guest(

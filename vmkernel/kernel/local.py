@@ -58,19 +58,26 @@ def kernel_info(guest_info: dict[str, Any] | None, python: str, facts: str) -> d
             "file_extension": ".py",
         },
         "help_links": HELP_LINKS,
+        "supported_features": ["kernel subshells", "debugger"],
     }
     banner = str(info.get("banner") or f"Python {python}").rstrip()
     return {
         **info,
         "protocol_version": PROTOCOL_VERSION,
         "banner": f"{banner}\nvmkernel {__version__}: every cell runs in a microVM. {facts}\n",
-        "supported_features": [],
+        "supported_features": info.get("supported_features", []),
     }
 
 
 def error_content(name: str, value: str, lines: list[str]) -> dict[str, Any]:
     """The content of an ``error`` message; ``lines`` become its traceback."""
     return {"ename": name, "evalue": value, "traceback": lines}
+
+
+def unknown_subshell(subshell_id: str) -> dict[str, Any]:
+    """The reply to a request for a subshell that is not there (or not any more)."""
+    reason = f"Unknown subshell_id {subshell_id!r}"
+    return {**error_content("UnknownSubshellError", reason, []), "status": "error"}
 
 
 def explain(error: VmError) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from types import TracebackType
 
 from vmkernel.kernel.sockets import Sockets
 
-DELAY = 0.8
-"""Seconds that pass in silence: a clone is there before."""
+DELAY = 2.5
+"""Seconds that pass in silence: a clone is there before, also on a host that is busy."""
 INTERVAL = 0.5
 """Seconds between two texts at least."""
 

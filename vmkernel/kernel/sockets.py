@@ -45,6 +45,7 @@ class Request:
         self.raw = parts
         """header, parent header, metadata, content: as they came"""
         self.header = _decode_header(parts[0])
+        _decode_header(parts[1])
         _decode_header(parts[2])  # goes to the guest as it is, and must be whole
         self.content = _decode_header(parts[3])
         self.buffers = buffers
@@ -54,6 +55,16 @@ class Request:
     def msg_id(self) -> str:
         """The request's id, by which answers name it."""
         return str(self.header.get("msg_id", ""))
+
+    @property
+    def subshell_id(self) -> str:
+        """The subshell that it is for, "" for the main shell (messaging spec, "subshells")."""
+        return str(self.header.get("subshell_id") or "")
+
+    @property
+    def parent_id(self) -> str:
+        """The id of the message that this one answers, "" when it answers none."""
+        return str(_decode_header(self.raw[1]).get("msg_id", ""))
 
     @property
     def msg_type(self) -> str:

@@ -177,6 +177,26 @@ class GuestSupply:
             f"accelerator: {accelerator or 'not known yet'}"
         )
 
+    def describe(self) -> dict[str, str]:
+        """What ``%vm`` shows of the VM and its settings, by name."""
+        settings = self._settings
+        record = self._start.record if self._start is not None else None
+        facts = {
+            "VM": record.vm_id if record is not None else "none yet",
+            "recipe": settings.recipe,
+            "memory": f"{settings.memory} MiB",
+            "vcpus": str(settings.vcpus),
+            "scratch disk": f"{settings.scratch_size} MiB, gone with the VM",
+            "accelerator": self._accelerator or "not known yet",
+            "outputs": settings.outputs,
+            "workspace": "none: the host's files are not seen here",
+            "network": "none",
+        }
+        if record is not None:
+            facts["age"] = f"{max(0.0, time.time() - record.created):.0f} s"
+            facts["slot"] = f"{record.slot} of {settings.max_concurrent_vms}"
+        return facts
+
     async def usage(self) -> dict[str, Any]:
         """The content of a ``usage_reply``: what the guest kernel and its machine use."""
         from vmkernel.kernel.usage import usage
