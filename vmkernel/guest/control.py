@@ -9,6 +9,7 @@ port: all that the guest kernel says goes one way, so it has one order.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import inspect
 import queue
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 
 from ipykernel.thread import CONTROL_THREAD_NAME, BaseThread
 
-from vmkernel.guest.kernel import COMM_TYPES, as_message
+from vmkernel.guest.kernel import COMM_TYPES, as_message, idents
 from vmkernel.guest.port import Port
 from vmkernel.protocol import frames, messages
 
@@ -67,6 +68,7 @@ class Subshell(BaseThread):
         self._serve = serve
         self._serve_meanwhile = serve_meanwhile
         self._lock = asyncio.Lock()
+        self._context = contextvars.copy_context()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def submit(self, message: dict[str, Any]) -> None:
@@ -74,13 +76,13 @@ class Subshell(BaseThread):
         self.loop.call_soon_threadsafe(self._begin, message)
 
     def _begin(self, message: dict[str, Any]) -> None:
-        task = self.loop.create_task(self._in_turn(message))
+        task = self.loop.create_task(self._in_turn(message), context=self._context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _in_turn(self, message: dict[str, Any]) -> None:
         if message["msg_type"] in COMM_TYPES and self._lock.locked():
-            self._serve_meanwhile(message)
+            contextvars.copy_context().run(self._serve_meanwhile, message)
             return
         async with self._lock:
             await self._serve(message)
@@ -190,7 +192,7 @@ class ControlLane:
         self, channel: str, handlers: dict[str, Any], message: dict[str, Any]
     ) -> None:
         try:
-            self.kernel.set_parent([], message, channel)
+            self.kernel.set_parent(idents(message), message, channel)
             handler = handlers.get(message["msg_type"])
             if handler is not None:
                 result = handler(channel, [], message)

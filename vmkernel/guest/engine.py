@@ -11,12 +11,14 @@ output (:mod:`vmkernel.guest.streams`) and for what must be heard while a cell r
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import faulthandler
 import functools
 import gc
 import inspect
 import logging
 import os
+import pdb  # noqa: T100 - IPython's takes its place
 import site
 import sys
 import threading
@@ -29,12 +31,14 @@ from typing import Any
 
 os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # a warning that helps nobody
 
+import IPython.core.debugger
 import msgspec
+from ipykernel.kernelapp import IPKernelApp
 from traitlets.config import Config
 
 from vmkernel.guest.control import ControlLane, Subshell
 from vmkernel.guest.debug import ShellCaller, connect_debugger
-from vmkernel.guest.kernel import COMM_TYPES, PortKernel, as_message
+from vmkernel.guest.kernel import COMM_TYPES, PortKernel, as_message, idents
 from vmkernel.guest.lean import Shortcuts
 from vmkernel.guest.magics import VmMagics
 from vmkernel.guest.port import Interrupts, Port
@@ -77,6 +81,7 @@ class Engine:
         self._reading = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
+        self._context = contextvars.copy_context()
         self._build_kernel()
 
     # --- start ---
@@ -99,6 +104,8 @@ class Engine:
             config.IPCompleter.use_jedi = False
         # What plain ipykernel's app sets up (ipykernel.kernelapp, init_shell and friends)
         config.IPKernelApp.connection_file = ""
+        pdb.Pdb = IPython.core.debugger.Pdb = IPython.core.debugger.InterruptiblePdb  # type: ignore[misc]
+        pdb.set_trace = IPython.core.debugger.set_trace
         log = logging.getLogger("vmkernel")
         log.addHandler(logging.NullHandler())
         # The instance of its class: comms and libraries look for it there
@@ -110,6 +117,9 @@ class Engine:
         self.kernel.ask = self._ask
         self.control.kernel = self.kernel
         shell = self.kernel.shell
+        # Code asks it whether it runs in a kernel, and for the kernel
+        app = IPKernelApp.instance(config=config)
+        app.kernel, app.shell = self.kernel, shell
         shell.register_magics(VmMagics(shell, self._call_host))
         shell.displayhook.pub_socket = "iopub"
         shell.display_pub.pub_socket = "iopub"
@@ -223,7 +233,8 @@ class Engine:
         self._receive()
         while self._requests:
             request, buffers = self._requests.pop(0)
-            task = asyncio.get_running_loop().create_task(self._serve(request, buffers))
+            # One context for all: what a cell puts into a ContextVar, the next one finds there
+            task = self._loop.create_task(self._serve(request, buffers), context=self._context)
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -256,7 +267,8 @@ class Engine:
     async def _serve(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
         if request.msg_type in COMM_TYPES and self._lock.locked():
             # A cell that waits in the event loop may be waiting for a widget's answer
-            self.kernel.serve_meanwhile(as_message(request, buffers))
+            message = as_message(request, buffers)
+            contextvars.copy_context().run(self.kernel.serve_meanwhile, message)
             return
         async with self._lock:
             if request.msg_type == "wake_request":
@@ -274,7 +286,7 @@ class Engine:
         # Comes to its turn only when the request lets the event loop run
         waits = self._loop.call_soon(kernel.say_awaiting, message)
         try:
-            kernel.set_parent([], message, "shell")
+            kernel.set_parent(idents(message), message, "shell")
             handler = kernel.shell_handlers.get(request.msg_type)
             if handler is not None:
                 self.interrupts.armed = True
@@ -289,7 +301,7 @@ class Engine:
             self.interrupts.armed = False
             waits.cancel()
             if kernel.get_parent("shell").get("msg_id") != request.msg_id:
-                kernel.set_parent([], message, "shell")
+                kernel.set_parent(idents(message), message, "shell")
             self.pump.publish()  # not sys.stdout, which may be the user's, or None
             kernel.session.send("iopub", "status", {"execution_state": "idle"}, message)
             self.port.flush()

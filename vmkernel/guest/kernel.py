@@ -112,12 +112,12 @@ class PortKernel(IPythonKernel):
         """Serve a comm message while a cell awaits: no status of its own, the cell's stays."""
         parent = self.get_parent("shell")
         try:
-            self.set_parent([], message, "shell")
+            self.set_parent(idents(message), message, "shell")
             self.shell_handlers[message["msg_type"]]("shell", [], message)
         except Exception:
             traceback.print_exc()
         finally:
-            self.set_parent([], parent, "shell")
+            self.set_parent(idents(parent), parent, "shell")
             self.session.pump.publish()
             self.port.flush()
 
@@ -161,3 +161,9 @@ def as_message(request: messages.ToGuest, buffers: list[memoryview]) -> dict[str
         "content": decode(request.content),
         "buffers": buffers,
     }
+
+
+def idents(message: dict[str, Any]) -> list[bytes]:
+    """Who sent a request: clients' sockets have their session for an identity (jupyter_client)."""
+    session = message.get("header", {}).get("session")
+    return [session.encode()] if isinstance(session, str) else []

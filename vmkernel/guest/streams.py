@@ -21,7 +21,7 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ipykernel.iostream import OutStream
@@ -99,6 +99,11 @@ class PortStream(OutStream):
             self._pump.look()
             self.add(string, self.parent_header)
         return len(string)
+
+    def writelines(self, sequence: Iterable[str]) -> None:
+        """Write one text after another."""
+        for string in sequence:
+            self.write(string)
 
     def _write_in_child(self) -> None:
         data = self._child_text.encode(errors="surrogateescape")

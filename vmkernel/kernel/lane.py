@@ -41,12 +41,14 @@ class InterruptedWait(Exception):  # noqa: N818 - no error, a wish
 class Exchange:
     """A request that is with the guest."""
 
-    __slots__ = ("asked", "awaiting", "done", "lane", "question", "replied", "request")
+    __slots__ = ("asked", "awaiting", "done", "lane", "own", "question", "replied", "request")
 
     def __init__(self, request: Request, lane: Lane | None) -> None:
         self.request = request
         self.lane = lane
         self.replied = False
+        self.own: dict[str, Any] | None = None
+        """What is replied in place of the guest's answer"""
         self.asked = False
         """An input_request, and no answer yet"""
         self.question = ""

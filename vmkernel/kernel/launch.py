@@ -28,15 +28,16 @@ Started by Jupyter front ends; see `vmkernel --help` for the command.
 Settings: as `vmkernel install` writes them into the kernelspec, e.g. --memory=4G."""
 
 
-def parse_arguments(arguments: list[str]) -> tuple[Path, dict[str, str]]:
-    """The connection file, and settings by name.
+def parse_arguments(arguments: list[str]) -> tuple[Path, dict[str, str], list[str]]:
+    """The connection file, settings by name, and IPython's options.
 
     Options of the form ``--Class.trait=value`` are IPython's; front ends append them to any
-    kernel that they take for IPython (nbclient: ``--HistoryManager.hist_file``), so they are
-    accepted and left to the guest.  Raises VmError.
+    kernel that they take for IPython.  Those of ``HistoryManager`` are obeyed (nbclient wants none
+    kept: ``hist_file=:memory:``), others accepted.  Raises VmError.
     """
     connection_file = ""
     overrides: dict[str, str] = {}
+    options: list[str] = []
     rest = iter(arguments)
     for argument in rest:
         if argument in ("-f", "--connection-file"):
@@ -44,7 +45,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Path, dict[str, str]]:
         elif argument.startswith("-f="):
             connection_file = argument[3:]
         elif argument.startswith("--") and "." in argument.partition("=")[0]:
-            continue
+            options.append(argument)
         elif argument.startswith("--") and "=" in argument:
             name, _, value = argument[2:].partition("=")
             overrides[name] = value
@@ -54,7 +55,7 @@ def parse_arguments(arguments: list[str]) -> tuple[Path, dict[str, str]]:
             raise VmError(f"unknown argument {argument!r}", hint=USAGE)
     if not connection_file:
         raise VmError("no connection file was given", hint=USAGE)
-    return Path(connection_file), overrides
+    return Path(connection_file), overrides, options
 
 
 def begin(settings: Settings, kernel_id: str) -> Started | None:
@@ -80,7 +81,7 @@ def main() -> NoReturn:
     failure: VmError | None = None
     begun: Started | None = None
     try:
-        connection_file, overrides = parse_arguments(sys.argv[1:])
+        connection_file, overrides, options = parse_arguments(sys.argv[1:])
     except VmError as error:
         sys.exit(error.explain())
     try:
@@ -99,7 +100,7 @@ def main() -> NoReturn:
     from vmkernel.kernel.serve import serve
 
     trace.mark("everything imported")
-    status = asyncio.run(serve(settings, connection_file, begun, failure))
+    status = asyncio.run(serve(settings, connection_file, options, begun, failure))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # nothing is left to tidy: interpreter shutdown would only take time

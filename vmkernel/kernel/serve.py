@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vmkernel import trace
 from vmkernel.errors import VmError
+from vmkernel.kernel.history import History
 from vmkernel.kernel.sockets import Sockets
 from vmkernel.kernel.wrapper import Wrapper
 
@@ -23,11 +24,16 @@ log = logging.getLogger("vmkernel")
 
 
 async def serve(
-    settings: Settings, connection_file: Path, begun: Started | None, failure: VmError | None
+    settings: Settings,
+    connection_file: Path,
+    options: list[str],
+    begun: Started | None,
+    failure: VmError | None,
 ) -> int:
     """Serve one kernel; its exit status.
 
-    ``begun`` is a VM that is on its way; ``failure`` an error in the settings, told to every cell.
+    ``options`` are IPython's, as the front end gave them; ``begun`` is a VM that is on its way;
+    ``failure`` an error in the settings, told to every cell.
     """
     logging.basicConfig(
         level=settings.log_level.upper(), format="[vmkernel] %(levelname)s %(message)s"
@@ -44,7 +50,8 @@ async def serve(
         return 1
     trace.mark("sockets bound")
     kernel_id = connection_file.stem.removeprefix("kernel-")
-    wrapper = Wrapper(settings, sockets, kernel_id, begun, failure)
+    history = History(settings, options)
+    wrapper = Wrapper(settings, sockets, kernel_id, history, begun, failure)
     loop = asyncio.get_running_loop()
     # Some launchers start children with SIGINT blocked; an interrupt would never come through.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

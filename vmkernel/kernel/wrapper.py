@@ -19,6 +19,7 @@ import msgspec
 
 from vmkernel.errors import VmError, VmGuestError
 from vmkernel.kernel import local
+from vmkernel.kernel.history import History
 from vmkernel.kernel.lane import COMM_TYPES, EXECUTE, Exchange, Lane
 from vmkernel.kernel.questions import Questions
 from vmkernel.kernel.sockets import Request, Sockets
@@ -37,6 +38,8 @@ KNOWN_PARENTS = 4096
 KNOWN_COMMS = 4096
 """How many comms' subshells are known: an answer goes where the comm was used last."""
 MOST_SUBSHELLS = 256
+PATIENCE = 1.0
+"""Seconds that a request which the host can answer waits for a guest that does not react."""
 MOST_NEWS = 8
 """How many things that happened between two cells are told."""
 MOST_ODDITIES = 20
@@ -57,12 +60,14 @@ class Wrapper:
         settings: Settings,
         sockets: Sockets,
         kernel_id: str,
+        history: History,
         begun: Started | None,
         failure: VmError | None = None,
     ) -> None:
         self.settings = settings
         self.sockets = sockets
         self.supply = GuestSupply(settings, kernel_id, begun, self, failure)
+        self.history = history
         self.execution_count = 0
         self._main = Lane(self, self._on_lane_failure)
         self._subshells: dict[str, Lane] = {}
@@ -89,7 +94,7 @@ class Wrapper:
         finally:
             for lane in (self._main, *self._subshells.values()):
                 lane.close()
-            await self.supply.close()
+            await asyncio.gather(self.supply.close(), self.history.close())
 
     def stop(self, status: int = 0) -> None:
         """End the kernel with this exit status."""
@@ -142,6 +147,8 @@ class Wrapper:
             names = ("shell", "iopub", "stdin", "control", "hb")
             ports = {f"{name}_port": self.sockets.info[f"{name}_port"] for name in names}
             return {"status": "ok", **ports}
+        if request.msg_type == "history_request" and self.history.on:
+            return await self.history.query(request.content)
         return None
 
     async def before_execution(self, guest: Guest, request: Request, visible: bool) -> None:
@@ -219,13 +226,25 @@ class Wrapper:
         elif msg_type == "usage_request":
             self.reply(request, await self.supply.usage())
         elif (own := await self.answer(request)) is not None:
-            self.reply(request, own)
+            await self._reply_ourselves(request, own)
         else:  # the debugger, subshells: the guest's control thread
             guest = await self.supply.guest(None)
             exchange = self.send(guest, request, None)
             await exchange.done
             if not exchange.replied:
                 raise NotImplementedError(f"this kernel does not know {msg_type} on control")
+
+    async def _reply_ourselves(self, request: Request, content: dict[str, Any]) -> None:
+        """Answer a control request; a guest that is there sees it first: code can ask for it."""
+        if self.supply.current is not None:
+            with contextlib.suppress(VmError, TimeoutError):
+                async with asyncio.timeout(PATIENCE):
+                    exchange = self.send(self.supply.current, request, None)
+                    exchange.own = content
+                    await exchange.done
+                    if exchange.replied:
+                        return
+        self.reply(request, content)
 
     def interrupt(self) -> None:
         """Interrupt what is running or waited for: from a message, or from SIGINT."""
@@ -305,6 +324,8 @@ class Wrapper:
             lane = self._subshells.pop(str(request.content.get("subshell_id")), None)
             if lane is not None:
                 lane.retire(str(request.content.get("subshell_id")))
+        if exchange.own is not None:
+            content = exchange.own
         self.sockets.reply(request, message.msg_type, content, message.metadata, buffers)
         if content.get("status") == "error" and exchange.lane is not None:
             exchange.lane.abort_queued(request)
@@ -343,6 +364,8 @@ class Wrapper:
             parent = self._parents.get(message.parent_id)
             if message.msg_type in COMM_TYPES:
                 self._note_comm(message, parent)
+            elif message.msg_type in ("execute_input", "execute_result") and exchange is not None:
+                self._note_history(message, exchange.request.content)
             self.sockets.publish(
                 message.msg_type,
                 message.content,
@@ -354,6 +377,18 @@ class Wrapper:
                 self.supply.pause(until=self.sockets.when_clear)
         else:
             self._odd("the guest may not publish this", message)
+
+    def _note_history(self, message: messages.FromGuest, asked: dict[str, Any]) -> None:
+        """Keep the cell, as the front end sent it, and its result's text."""
+        if asked.get("silent") or not asked.get("store_history", True):
+            return
+        count = message.content.get("execution_count")
+        if message.msg_type == "execute_input":
+            self.history.record(count, str(asked.get("code")))
+        else:
+            data = message.content.get("data")
+            if isinstance(data, dict):
+                self.history.output(count, data.get("text/plain"))
 
     def _note_comm(self, message: messages.FromGuest, parent: tuple[bytes, str] | None) -> None:
         """An answer on a comm belongs to the subshell that used it last (ipykernel 7.4)."""
