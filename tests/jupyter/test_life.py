@@ -224,7 +224,7 @@ def test_kernel_info(kernel: Kernel) -> None:
         assert info["implementation"] == "vmsandbox"
         assert info["language_info"]["file_extension"] == ".py"
         assert "microVM" in info["banner"]
-        assert info["supported_features"] == []
+        assert info["supported_features"] == ["kernel subshells", "debugger"]
 
 
 def test_connect_request(kernel: Kernel) -> None:
