@@ -44,10 +44,20 @@ class Engine:
         self.waiting: list[messages.FromGuest] = []
         self.count = 0
 
-    def send(self, msg_type: str, content: dict[str, Any], channel: str = "shell") -> str:
+    def send(
+        self,
+        msg_type: str,
+        content: dict[str, Any],
+        channel: str = "shell",
+        subshell_id: str = "",
+        msg_id: str = "",
+    ) -> str:
         self.count += 1
-        msg_id = f"m{self.count}"
+        msg_id = msg_id or f"m{self.count}"
         header = {"msg_id": msg_id, "msg_type": msg_type, "session": "s", "username": "u"}
+        if subshell_id:
+            header["subshell_id"] = subshell_id
+        while_busy = subshell_id or channel in ("control", "vm")
         empty = msgspec.Raw(b"{}")
         body = messages.encode_json(
             messages.ToGuest(
@@ -56,7 +66,8 @@ class Engine:
                 msgspec.Raw(msgspec.json.encode(content)),
             )
         )  # fmt: skip
-        self.sock.sendall(b"".join(frames.encode(body)))
+        sock = self.control if while_busy and msg_type != "wake_request" else self.sock
+        sock.sendall(b"".join(frames.encode(body)))
         return msg_id
 
     def receive(self) -> messages.FromGuest:
@@ -308,3 +319,155 @@ def test_a_dead_kernel_closes_its_port() -> None:
         assert engine.process.wait(30) == 3
     finally:
         engine.close()
+
+
+# --- what is heard while a cell runs ---
+
+
+def subshell(engine: Engine) -> str:
+    answers = engine.until_idle(engine.send("create_subshell_request", {}, "control"))
+    assert types(answers) == ["create_subshell_reply", "status"]
+    return str(answers[0].content["subshell_id"])
+
+
+def test_a_subshell_answers_while_the_main_shell_is_blocked(engine: Engine) -> None:
+    one = subshell(engine)
+    main = engine.cell("import time; time.sleep(2); print('m')")
+    code = {"code": "print('s'); 6*7", "silent": False}
+    answers = engine.until_idle(engine.send("execute_request", code, subshell_id=one))
+    assert text([a for a in answers if a.parent_id != main]) == "s\n"
+    assert "status" not in [a.msg_type for a in answers if a.parent_id == main]
+    assert text(engine.until_idle(main)) == "m\n"
+    listed = engine.until_idle(engine.send("list_subshell_request", {}, "control"))
+    assert listed[0].content == {"status": "ok", "subshell_id": [one]}
+    for status in ("ok", "error"):
+        gone = engine.until_idle(
+            engine.send("delete_subshell_request", {"subshell_id": one}, "control")
+        )
+        assert gone[0].content["status"] == status
+
+
+def test_input_in_a_subshell(engine: Engine) -> None:
+    one = subshell(engine)
+    code = {"code": "input('who? ')", "silent": False, "allow_stdin": True}
+    msg_id = engine.send("execute_request", code, subshell_id=one)
+    while engine.receive().msg_type != "input_request":
+        pass
+    engine.send("input_reply", {"value": "me"}, "stdin", subshell_id=one, msg_id=msg_id)
+    answers = engine.until_idle(msg_id)
+    assert [a.content["data"]["text/plain"] for a in answers if "data" in a.content] == ["'me'"]
+
+
+def test_a_comm_message_reaches_a_cell_that_awaits_it(engine: Engine) -> None:
+    engine.run(
+        "import asyncio, comm\n"
+        "came = asyncio.Future()\n"
+        "comm.get_comm_manager().register_target('t', lambda c, m: came.set_result(7))\n"
+        "await asyncio.sleep(0)"
+    )
+    msg_id = engine.cell("print(await came)")
+    while (said := engine.receive()).msg_type != "awaiting":
+        pass
+    assert (said.channel, said.parent_id) == ("vm", msg_id)
+    engine.send("comm_open", {"comm_id": "c", "target_name": "t", "data": {}})
+    answers = engine.until_idle(msg_id)
+    assert text(answers) == "7\n"
+    assert {a.parent_id for a in answers} == {msg_id}  # no status of the comm message's own
+
+
+def test_a_cell_that_awaits_nothing_says_so_of_none(engine: Engine) -> None:
+    assert "awaiting" not in types(engine.run("import time; time.sleep(0.05)"))
+
+
+def test_vm_asks_the_host(engine: Engine) -> None:
+    msg_id = engine.cell("%vm info a b")
+    while (question := engine.receive()).channel != "vm":
+        pass
+    assert question.content["command"] == "info"
+    assert question.content["arguments"] == ["a", "b"]
+    reply = {"status": "ok", "text": "slot 3"}
+    engine.send("vm_reply", reply, "vm", msg_id=question.content["id"])
+    assert text(engine.until_idle(msg_id)) == "slot 3\n"
+
+
+def test_vm_can_be_interrupted(engine: Engine) -> None:
+    msg_id = engine.cell("%vm")
+    while engine.receive().channel != "vm":
+        pass
+    engine.process.send_signal(signal.SIGINT)
+    errors = [a for a in engine.until_idle(msg_id) if a.msg_type == "error"]
+    assert errors[0].content["ename"] == "KeyboardInterrupt"
+
+
+def test_an_interrupts_traceback_ends_in_the_users_code(engine: Engine) -> None:
+    msg_id = engine.cell("import time\nprint('on', flush=True)\ntime.sleep(30)")
+    while engine.receive().msg_type != "stream":
+        pass
+    time.sleep(0.2)
+    engine.process.send_signal(signal.SIGINT)
+    (error,) = [a for a in engine.until_idle(msg_id) if a.msg_type == "error"]
+    shown = "\n".join(error.content["traceback"])
+    assert "time" in shown
+    assert "port.py" not in shown
+
+
+def test_a_threads_output_belongs_to_the_cell_that_started_it(engine: Engine) -> None:
+    starter = engine.cell(
+        "import threading, time\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "go = threading.Event(); pool = ThreadPoolExecutor(1)\n"
+        "pool.submit(print, 'pool, first').result()\n"
+        "def work():\n    go.wait(); print('late', flush=True)\n"
+        "threading.Thread(target=work).start()"
+    )
+    assert text(engine.until_idle(starter)) == "pool, first\n"
+    msg_id = engine.cell("go.set(); time.sleep(0.5); pool.submit(print, 'pool, second').result()")
+    answers = engine.until_idle(msg_id)
+    assert text([a for a in answers if a.parent_id == starter]) == "late\n"
+    assert text([a for a in answers if a.parent_id == msg_id]) == "pool, second\n"
+
+
+def test_a_context_variable_lives_from_cell_to_cell(engine: Engine) -> None:
+    engine.run("from contextvars import ContextVar; v = ContextVar('v', default='d')")
+    engine.run("_ = v.set('s')")
+    assert text(engine.run("print(v.get())")) == "s\n"
+
+
+def test_the_debugger_stops_at_a_breakpoint(engine: Engine) -> None:
+    count = 0
+
+    def ask(command: str, **arguments: Any) -> dict[str, Any]:
+        nonlocal count
+        count += 1
+        request = {"type": "request", "seq": count, "command": command, "arguments": arguments}
+        answers = engine.until_idle(engine.send("debug_request", request, "control"))
+        (reply,) = [a.content for a in answers if a.msg_type == "debug_reply"]
+        assert reply["success"], reply
+        return dict(reply.get("body") or {})
+
+    ask("initialize", clientID="t", adapterID="", pathFormat="path", linesStartAt1=True)
+    ask("attach")
+    code = "a = 20\nb = a + 1\nprint(b)"
+    path = ask("dumpCell", code=code)["sourcePath"]
+    ask("setBreakpoints", breakpoints=[{"line": 2}], source={"path": path})
+    ask("configurationDone")
+    cell = engine.cell(code)
+    while True:
+        event = engine.receive()
+        if event.msg_type == "debug_event" and event.content["event"] == "stopped":
+            break
+    thread = event.content["body"]["threadId"]
+    frame = ask("stackTrace", threadId=thread)["stackFrames"][0]
+    assert frame["line"] == 2
+    shown = ask("richInspectVariables", variableName="a", frameId=frame["id"])
+    assert shown["data"]["text/plain"] == "20"
+    rest = engine.send(
+        "debug_request",
+        {"type": "request", "seq": 99, "command": "continue", "arguments": {"threadId": thread}},
+        "control",
+    )
+    done = engine.until_idle(cell)
+    assert "21\n" in text(done)
+    if not any(a.parent_id == rest and a.msg_type == "status" for a in done):
+        engine.until_idle(rest)
+    ask("disconnect", restart=False, terminateDebuggee=True)

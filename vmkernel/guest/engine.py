@@ -121,6 +121,7 @@ class Engine:
         app = IPKernelApp.instance(config=config)
         app.kernel, app.shell = self.kernel, shell
         shell.register_magics(VmMagics(shell, self._call_host))
+        shell.extension_manager.load_extension("storemagic")  # plain ipykernel has it, too
         shell.displayhook.pub_socket = "iopub"
         shell.display_pub.pub_socket = "iopub"
         shell.configurables.append(self.kernel)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from ipykernel.eventloops import loop_asyncio
 from ipykernel.ipkernel import IPythonKernel
 
 from vmkernel.guest.debug import PortDebugger
@@ -125,6 +126,11 @@ class PortKernel(IPythonKernel):
         """Tell the host that a request lets the event loop run: comm messages can be served."""
         if message["msg_type"] == "execute_request":
             self.port.send(encode_body(["vm", "awaiting", message["msg_id"], {}, {}]))
+
+    def enter_eventloop(self) -> None:
+        """As the base class; for asyncio there is nothing to do, it is not done 1,000 times/s."""
+        if self.eventloop is not loop_asyncio:
+            super().enter_eventloop()
 
     # --- subshells: ipykernel asks its shell channel thread, we have none ---
 

@@ -12,6 +12,12 @@ from typing import Any
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class
 
+NO_CONNECTION_FILE = """\
+The connection file, with the key that lets a front end in, is on the host and kept from the code
+that runs here. To connect a console to this kernel, run on the host:
+
+    jupyter console --existing    (the kernel's id, as `%vm` shows it, where there are several)"""
+
 CallHost = Callable[[str, list[str]], dict[str, Any]]
 """call(command, arguments): what the host answers, content of a ``vm_reply``"""
 
@@ -36,3 +42,13 @@ class VmMagics(Magics):
         if reply.get("status") != "ok":
             raise UsageError(str(reply.get("evalue", "the host gave no reason")))
         print(reply.get("text", ""))
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def connect_info(self, line: str) -> None:
+        """Say how to connect another front end: the connection file is kept from this code."""
+        print(NO_CONNECTION_FILE)
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def qtconsole(self, line: str) -> None:
+        """Say how to connect another front end: none can be started in the VM."""
+        print(NO_CONNECTION_FILE)

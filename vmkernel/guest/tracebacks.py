@@ -7,6 +7,8 @@ processor, half a second in an emulated VM, and nearly all of that is work whose
 * It is drawn twice, the second time for the history (``_format_exception_for_storage``).
 * ``inspect.getmodule`` looks for a cell's file in all loaded modules, five times; none has it.
 * The colours of some 200 token types are chosen anew each time (``Terminal256Formatter``).
+
+And a traceback ends in the user's code: an interrupt's last frame, our signal handler, is cut off.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import Any
 
 import stack_data
 from pygments.formatters.terminal256 import Terminal256Formatter
+
+from vmkernel.guest.port import Interrupts
 
 _KEPT_STYLES = 8
 NO_MODULE = ""  # the name of no module in sys.modules
@@ -32,6 +36,7 @@ class Tracebacks:
         self._shown: tuple[BaseException, Any] | None = None
         shell._showtraceback = self._show
         shell._format_exception_for_storage = self._format_for_storage
+        shell._get_exc_info = self._get_exc_info
         self._compiler_class = type(shell.compile)
         shell.compile.cache = self._cache
         keep_colours()
@@ -39,6 +44,17 @@ class Tracebacks:
     def forget(self) -> None:
         """A new request: hold on to no exception, and with it to no frame."""
         self._shown = None
+
+    def _get_exc_info(self, exc_tuple: Any = None) -> Any:
+        kind, value, trace = self._shell_class._get_exc_info(self._shell, exc_tuple)
+        if isinstance(value, KeyboardInterrupt):
+            inner = trace
+            while inner is not None and inner.tb_next is not None:
+                if inner.tb_next.tb_frame.f_code is Interrupts.handle.__code__:
+                    inner.tb_next = None
+                    break
+                inner = inner.tb_next
+        return kind, value, trace
 
     def _show(self, etype: Any, evalue: Any, stb: Any) -> None:
         self._shown = (evalue, stb)

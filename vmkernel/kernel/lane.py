@@ -174,7 +174,7 @@ class Lane:
     async def _serve(self, request: Request) -> None:
         msg_type = request.msg_type
         if request.aborted:
-            self._reply(request, {"status": "aborted"}, {"status": "aborted"})
+            self._reply(request, {"status": "aborted"}, self._owner.sockets.aborted_metadata())
             return
         if self._retired:
             self._reply(request, local.unknown_subshell(self._retired), {"status": "error"})

@@ -207,6 +207,15 @@ class Sockets:
             mac.update(part)
         return mac.hexdigest().encode()
 
+    def aborted_metadata(self) -> dict[str, Any]:
+        """What ipykernel has in the metadata of a reply, for a request that was aborted."""
+        return {
+            "started": _now(),
+            "dependencies_met": True,
+            "engine": self.session,
+            "status": "aborted",
+        }
+
     def header(self, msg_type: str) -> dict[str, Any]:
         """A fresh header of this session."""
         self._count += 1
@@ -215,7 +224,7 @@ class Sockets:
             "msg_type": msg_type,
             "username": "vmkernel",
             "session": self.session,
-            "date": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            "date": _now(),
             "version": PROTOCOL_VERSION,
         }
 
@@ -329,6 +338,10 @@ class Sockets:
             self._loop.remove_reader(sock.FD)
             sock.close()
         self._context.term()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
 def _incoming(sock: zmq.Socket[bytes]) -> bool:

@@ -182,6 +182,7 @@ class GuestSupply:
         settings = self._settings
         record = self._start.record if self._start is not None else None
         facts = {
+            "kernel": self._label.kernel_id,
             "VM": record.vm_id if record is not None else "none yet",
             "recipe": settings.recipe,
             "memory": f"{settings.memory} MiB",
