@@ -31,7 +31,7 @@ def test_a_kernelspec_starts_this_python_and_says_only_what_was_given(tmp_path):
         "display_name": "Python (microVM)",
         "language": "python",
         "interrupt_mode": "message",
-        "metadata": {"debugger": False, "supported_encryption": ["curve"]},
+        "metadata": {"debugger": True, "supported_encryption": ["curve"]},
     }
 
 
