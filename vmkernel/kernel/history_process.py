@@ -260,6 +260,8 @@ def serve(connection: socket.socket) -> None:
             begin = decode(next(lines))
             store = Store(begin["file"], begin["options"], begin["session"], begin["outputs"])
             for line in lines:
+                if not line.endswith(b"\n"):  # the wrapper was killed in the middle of it
+                    break
                 message = decode(line)
                 if "store" in message:
                     store.store(message["store"])
