@@ -225,7 +225,7 @@ async def test_what_is_not_kept(start, file):
 
 async def test_numbers_that_no_guest_would_say(start, file):
     history = start()
-    for line in (0, -1, 1 << 40, True, "1", None, 1.5):
+    for line in (0, -1, 1 << 40, True, "1", [], 1.5):
         history.record(line, "no")
         history.output(line, "no")
     history.record(1, "yes")
@@ -238,7 +238,7 @@ async def test_a_guest_kernel_that_counts_from_one_again(start, file):
     history = start()
     history.record(1, "before")
     history.output(1, "'before'")
-    history.record(2, "death")
+    history.record(None, "death")
     history.record(1, "after")
     assert await ask(history, "tail") == [[1, 1, "before"], [1, 2, "death"], [2, 1, "after"]]
     assert await ask(history, "range", session=0, start=1, output=True) == [[2, 1, ["after", None]]]

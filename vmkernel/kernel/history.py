@@ -97,8 +97,11 @@ class History:
     def record(self, line: Any, code: str) -> None:
         """A cell that is to be remembered has begun; ``line`` is its execution count.
 
-        The number is the guest's word: where it is none that can be, the cell is not kept.
+        The number is the guest's word: where it is none that can be, the cell is not kept.  None
+        stands for the next one: the guest died of the cell before it had said it.
         """
+        if line is None:
+            line = self._line + 1
         if not self.on or not code or code.isspace():  # those have no number of their own
             return
         if type(line) is not int or not 0 < line < MOST_LINES:

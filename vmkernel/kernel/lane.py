@@ -41,7 +41,9 @@ class InterruptedWait(Exception):  # noqa: N818 - no error, a wish
 class Exchange:
     """A request that is with the guest."""
 
-    __slots__ = ("asked", "awaiting", "done", "lane", "own", "question", "replied", "request")
+    __slots__ = (
+        "asked", "awaiting", "done", "lane", "noted", "own", "question", "replied", "request",
+    )  # fmt: skip
 
     def __init__(self, request: Request, lane: Lane | None) -> None:
         self.request = request
@@ -49,6 +51,8 @@ class Exchange:
         self.replied = False
         self.own: dict[str, Any] | None = None
         """What is replied in place of the guest's answer"""
+        self.noted = False
+        """The history has it"""
         self.asked = False
         """An input_request, and no answer yet"""
         self.question = ""

@@ -365,7 +365,7 @@ class Wrapper:
             if message.msg_type in COMM_TYPES:
                 self._note_comm(message, parent)
             elif message.msg_type in ("execute_input", "execute_result") and exchange is not None:
-                self._note_history(message, exchange.request.content)
+                self._note_history(exchange, message)
             self.sockets.publish(
                 message.msg_type,
                 message.content,
@@ -378,13 +378,19 @@ class Wrapper:
         else:
             self._odd("the guest may not publish this", message)
 
-    def _note_history(self, message: messages.FromGuest, asked: dict[str, Any]) -> None:
-        """Keep the cell, as the front end sent it, and its result's text."""
+    def _note_history(self, exchange: Exchange, message: messages.FromGuest | None) -> None:
+        """Keep a cell, as the front end sent it, and its result's text.
+
+        ``message`` is the guest's about it; None when it died before there was one.
+        """
+        asked = exchange.request.content
         if asked.get("silent") or not asked.get("store_history", True):
             return
-        count = message.content.get("execution_count")
-        if message.msg_type == "execute_input":
-            self.history.record(count, str(asked.get("code")))
+        count = None if message is None else message.content.get("execution_count")
+        if message is None or message.msg_type == "execute_input":
+            if not exchange.noted:  # a guest may say it twice
+                exchange.noted = True
+                self.history.record(count, str(asked.get("code")))
         else:
             data = message.content.get("data")
             if isinstance(data, dict):
@@ -465,6 +471,8 @@ class Wrapper:
         for exchange in exchanges.values():
             if not exchange.done.done():
                 exchange.done.set_exception(error)
+                if exchange.request.msg_type == EXECUTE:
+                    self._note_history(exchange, None)
         lanes, self._subshells = self._subshells, {}
         self._comms.clear()
         for subshell_id, lane in lanes.items():
