@@ -217,10 +217,11 @@ def test_twins_differ(start: Callable[..., Relay]) -> None:
     assert len(numbers) == 2
 
 
+@pytest.mark.parametrize("transport", ["ipc", "tcp"])
 def test_a_kernel_without_wake_code_is_started_after_the_wake_up(
-    start: Callable[..., Relay], tmp_path: Path
+    start: Callable[..., Relay], tmp_path: Path, transport: str
 ) -> None:
-    relay = start({**IPYKERNEL, "env": {"FROM_RECIPE": "r"}})
+    relay = start({**IPYKERNEL, "env": {"FROM_RECIPE": "r"}, "transport": transport})
     assert relay.info["language_info"]["name"] == "python"
     assert not psutil.Process(relay.process.pid).children()
     relay.wake(str(tmp_path), FROM_HOST="h")

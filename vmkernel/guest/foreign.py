@@ -1,9 +1,10 @@
 """A Jupyter kernel as any other program starts it: its process, connection file and sockets.
 
-Under :mod:`vmkernel.guest.relay`.  The kernel is unmodified and knows nothing of a VM: it finds
-a connection file with ``ipc://`` addresses in a private directory and a key of its own, and is
-spoken to as a front end speaks to it (https://jupyter-client.readthedocs.io, "Messaging in
-Jupyter": "The wire protocol", "Connection files").
+Under :mod:`vmkernel.guest.relay`.  The kernel is unmodified and knows nothing of a VM: it finds a
+connection file with a key of its own and addresses in a private directory (``ipc``), or on the
+guest's loopback interface (``tcp``, for kernels that know nothing else), and is spoken to as a
+front end speaks to it (https://jupyter-client.readthedocs.io, "Messaging in Jupyter": "The wire
+protocol", "Connection files").
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+import socket as tcp
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -29,7 +31,7 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 DELIMITER = b"<IDS|MSG>"
 # One identity on shell and stdin: a kernel sends its questions to whom it got the request from.
 IDENTITY = b"vmkernel"
-CHANNELS = {"shell": 1, "control": 2, "stdin": 3, "iopub": 4, "hb": 5}
+CHANNELS = ("shell", "control", "stdin", "iopub", "hb")
 
 Channel = Literal["shell", "control", "stdin", "iopub"]
 
@@ -64,7 +66,13 @@ class ForeignKernel:
     """
 
     def __init__(
-        self, argv: Sequence[str], *, env: dict[str, str], cwd: str, own_group: bool
+        self,
+        argv: Sequence[str],
+        *,
+        transport: Literal["ipc", "tcp"],
+        env: dict[str, str],
+        cwd: str,
+        own_group: bool,
     ) -> None:
         """Start ``argv``, with ``{connection_file}`` replaced.
 
@@ -73,12 +81,18 @@ class ForeignKernel:
         self._directory = tempfile.mkdtemp(prefix="kernel-")
         self._key = os.urandom(32).hex().encode()
         file = os.path.join(self._directory, "connection.json")
+        if transport == "ipc":
+            ports = list(range(1, 6))
+            address = "ipc://" + os.path.join(self._directory, "socket") + "-{}"
+        else:
+            ports = _free_ports(5)
+            address = "tcp://127.0.0.1:{}"
         connection = {
-            "transport": "ipc",
-            "ip": os.path.join(self._directory, "socket"),
+            "transport": transport,
+            "ip": address.partition("://")[2][:-3],
             "key": self._key.decode(),
             "signature_scheme": "hmac-sha256",
-            **{f"{name}_port": number for name, number in CHANNELS.items()},
+            **{f"{name}_port": number for name, number in zip(CHANNELS, ports, strict=True)},
         }
         with open(file, "x") as output:
             json.dump(connection, output)
@@ -105,7 +119,7 @@ class ForeignKernel:
                 # limit would make us wait for a busy kernel while it has something to say.
                 socket.sndhwm = 0
             # The kernel binds when it gets to it: ZeroMQ tries again every 100 ms
-            socket.connect(f"ipc://{connection['ip']}-{CHANNELS[channel]}")
+            socket.connect(address.format(connection[f"{channel}_port"]))
             self.sockets[channel] = socket
 
     @property
@@ -199,6 +213,15 @@ def _clean(value: Any) -> Any:
     if isinstance(value, list):
         return [_clean(item) for item in value]
     return value
+
+
+def _free_ports(count: int) -> list[int]:
+    """Numbers that nobody listens on: in a guest, nobody else will before the kernel does."""
+    sockets = [tcp.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    numbers = [int(socket.getsockname()[1]) for socket in sockets]
+    for socket in sockets:
+        socket.close()
+    return numbers
 
 
 def _in_child() -> None:

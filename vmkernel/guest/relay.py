@@ -24,7 +24,7 @@ import signal
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import msgspec
 import zmq
@@ -49,7 +49,8 @@ class Recipe(msgspec.Struct):
 
     argv: list[str]
     env: dict[str, str] = {}
-    interrupt_mode: str = "signal"
+    transport: Literal["ipc", "tcp"] = "ipc"
+    interrupt_mode: Literal["signal", "message"] = "signal"
     wake_code: str = ""
 
 
@@ -137,6 +138,7 @@ class Relay:
     def _start(self, env: dict[str, str], cwd: str) -> ForeignKernel:
         kernel = self._kernel = ForeignKernel(
             self._recipe.argv,
+            transport=self._recipe.transport,
             env={**env, **self._recipe.env},
             cwd=cwd,
             own_group=self._recipe.interrupt_mode == "message",

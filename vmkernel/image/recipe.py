@@ -77,6 +77,8 @@ class Recipe(_Strict, frozen=True, kw_only=True):
     """Only for ``relay``: the kernel's command, with ``{connection_file}`` in it."""
     env: dict[str, str] = {}
     """Only for ``relay``: variables that the kernel gets besides those of the guest."""
+    transport: Literal["ipc", "tcp"] = "ipc"
+    """Only for ``relay``: ``tcp``, on the guest's loopback, for a kernel without ``ipc``."""
     interrupt_mode: Literal["signal", "message"] = "signal"
     """Only for ``relay``: how the kernel wants to be interrupted, as in its own kernelspec."""
     wake_code: str = ""
@@ -196,7 +198,7 @@ def _check(recipe: Recipe, path: Path) -> None:
     if recipe.engine == "relay" and recipe.preload:
         raise _mistake(path, '`preload` is only for `engine = "python"`')
     if recipe.engine == "python":
-        for key in ("argv", "env", "interrupt_mode", "wake_code"):
+        for key in ("argv", "env", "transport", "interrupt_mode", "wake_code"):
             if getattr(recipe, key) != getattr(_PLAIN, key):
                 raise _mistake(path, f'`{key}` is only for `engine = "relay"`')
         named = {distribution_name(text) for text in recipe.python.requirements}

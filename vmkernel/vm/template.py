@@ -372,6 +372,7 @@ def guest_config(recipe: Recipe) -> dict[str, Any]:
         "relay": {
             "argv": recipe.argv,
             "env": recipe.env,
+            "transport": recipe.transport,
             "interrupt_mode": recipe.interrupt_mode,
             "wake_code": recipe.wake_code,
         },
