@@ -40,16 +40,18 @@ def small_spec(minimal_image: str, plain_spec: str, request: pytest.FixtureReque
     if os.environ.get("KERNEL_UNDER_TEST") == "plain":
         return plain_spec
     if os.environ.get("KERNEL_UNDER_TEST") == "relay":
-        return str(request.getfixturevalue("relay_kernel"))
-    options = {"recipe": minimal_image, "memory": SMALL_MEMORY}
-    install_kernelspec(_kernels_dir(), name="vmsandbox-small", options=options)
+        name = str(request.getfixturevalue("relay_kernel"))
+    else:
+        name = "vmsandbox-small"
+        options = {"recipe": minimal_image, "memory": SMALL_MEMORY}
+        install_kernelspec(_kernels_dir(), name=name, options=options)
     # Not every client here is as patient as a first start is long.
-    kernel = Kernel("vmsandbox-small")
+    kernel = Kernel(name)
     try:
         assert kernel.run("1 + 1").result == "2"
     finally:
         kernel.shut_down()
-    return "vmsandbox-small"
+    return name
 
 
 @pytest.fixture(scope="session")

@@ -418,6 +418,7 @@ def test_a_command_that_is_not_there_is_told() -> None:
 def test_placeholders_are_filled_in_once_and_quoted() -> None:
     env = {"A": "it's {cwd:sh}", "B": '"'}
     code = "seed={seed} cd {cwd:sh} export {env:sh} x=${HOME} py={env:json} {entropy}"
+    assert json.loads(json.loads(relay_module.fill_in("{env:string}", bytes(64), env, "/"))) == env
     filled = relay_module.fill_in(code, b"\xff" * 64, env, "/a b")
     assert filled == (
         f"seed={2**31 - 1} cd '/a b' export A='it'\"'\"'s {{cwd:sh}}' B='\"' x=${{HOME}} "

@@ -296,9 +296,9 @@ class Relay:
             self._settle(parent_id, request)
 
     def _on_status(self, message: Message, request: _Open | None) -> None:
-        state = json.loads(message.content).get("execution_state")
         if request is None:
             return
+        state = msgspec.json.decode(as_object(message.content)).get("execution_state")
         if state == "idle":
             request.idle, request.since = True, self._heard
             self._settle(message.parent_id, request)
@@ -397,7 +397,7 @@ class Relay:
             found = self._converse("kernel_info_request", {}, linger=0.5)
             if found.idle and found.reply:
                 info: dict[str, Any] = msgspec.json.decode(as_object(found.reply.content))
-                return info
+                return {"status": "ok", **info}
 
     def _run_wake_code(self, entropy: bytes, env: dict[str, str], cwd: str) -> None:
         code = fill_in(self._recipe.wake_code, entropy, env, cwd)
@@ -424,6 +424,7 @@ def fill_in(code: str, entropy: bytes, env: Mapping[str, str], cwd: str) -> str:
         "{cwd:json}": json.dumps(cwd),
         "{cwd:sh}": shlex.quote(cwd),
         "{env:json}": json.dumps(dict(env)),
+        "{env:string}": json.dumps(json.dumps(dict(env))),
         "{env:sh}": " ".join(f"{name}={shlex.quote(value)}" for name, value in env.items()),
     }
     # In one pass: a value may look like a placeholder

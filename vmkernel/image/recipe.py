@@ -89,8 +89,9 @@ class Recipe(_Strict, frozen=True, kw_only=True):
     * ``{seed}``: a random number from 0 to 2³¹ − 1;
     * ``{entropy}``: 512 random bits, as hexadecimal digits;
     * ``{cwd:json}``, ``{cwd:sh}``: the working directory, quoted: as JSON, or for a shell;
-    * ``{env:json}``: variables of the environment, as a JSON object;
-      ``{env:sh}``: as quoted words ``NAME=value`` for a shell (none: nothing).
+    * ``{env:json}``: variables of the environment, as a JSON object; ``{env:string}``: that
+      object's text, quoted as JSON once more; ``{env:sh}``: quoted words ``NAME=value`` for a
+      shell (none: nothing).
 
     A recipe without it is not kept warm: its kernel is started in each clone, which takes the
     time that it takes, and starts with the right directory and environment."""
