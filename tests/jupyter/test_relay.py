@@ -82,6 +82,56 @@ def test_an_error_stops_what_is_queued(relay: Kernel) -> None:
     assert relay.run("print('on')").stdout == "on\n"
 
 
+def test_comms_both_ways_with_buffers(relay: Kernel) -> None:
+    relay.run(
+        "def opened(comm, message):\n"
+        "    comm.send({'got': [len(b) for b in message['buffers']]}, buffers=message['buffers'])\n"
+        "get_ipython().kernel.comm_manager.register_target('echo', opened)"
+    )
+    session = relay.raw.session
+    content = {"comm_id": "c1", "target_name": "echo", "data": {}}
+    message = session.msg("comm_open", content)
+    session.send(relay.raw.shell_channel.socket, message, buffers=[b"abc", b"x" * 2_000_000])
+    opened = relay.of(message["header"]["msg_id"])
+    relay.wait(lambda: opened.contents("comm_msg"), "the comm's answer")
+    assert opened.contents("comm_msg")[0]["data"] == {"got": [3, 2_000_000]}
+
+
+def test_a_comm_message_reaches_a_cell_that_awaits_it(relay: Kernel) -> None:
+    relay.run(
+        "import asyncio\ncame = asyncio.Event()\n"
+        "get_ipython().kernel.comm_manager.register_target('come', lambda *_: came.set())"
+    )
+    cell = relay.send("print('waits'); await asyncio.wait_for(came.wait(), 60); print('came')")
+    relay.wait_output(cell, "waits")
+    relay.ask("comm_open", {"comm_id": "c2", "target_name": "come", "data": {}})
+    assert relay.finish(cell).stdout.split() == ["waits", "came"]
+
+
+def test_a_subshell_answers_while_a_cell_runs(relay: Kernel) -> None:
+    reply = relay.request("create_subshell_request", {}, "control").reply
+    cell = relay.send("print('begun'); import time; time.sleep(300)")
+    relay.wait_output(cell, "begun")
+    session = relay.raw.session
+    message = session.msg("execute_request", {"code": "print('beside')", "silent": False})
+    message["header"]["subshell_id"] = reply["subshell_id"]
+    session.send(relay.raw.shell_channel.socket, message)
+    beside = relay.finish(relay.of(message["header"]["msg_id"]))
+    assert (beside.status, beside.stdout) == ("ok", "beside\n")
+    assert not cell.idle
+    relay.interrupt()
+    assert relay.finish(cell).error["ename"] == "KeyboardInterrupt"
+
+
+def test_the_debugger_is_reached(relay: Kernel) -> None:
+    info = relay.request("kernel_info_request").reply
+    assert "debugger" in info["supported_features"]
+    content = {"type": "request", "seq": 1, "command": "debugInfo", "arguments": {}}
+    reply = relay.request("debug_request", content, "control").reply
+    assert reply["success"]
+    assert reply["body"]["isStarted"] is False
+
+
 def test_twins_differ(relay: Kernel, relay_kernel: str, start_kernel: StartKernel) -> None:
     code = (
         "import os, platform, random, secrets, tempfile, uuid\n"

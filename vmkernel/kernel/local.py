@@ -6,11 +6,14 @@ connection's data, and modest answers to what an editor asks while there is no g
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmkernel import __version__
 from vmkernel.errors import VmError
 from vmkernel.kernel.sockets import PROTOCOL_VERSION
+
+if TYPE_CHECKING:
+    from vmkernel.image.store import Manifest
 
 HELP_LINKS = [
     {"text": "Python Reference", "url": "https://docs.python.org/3"},
@@ -37,17 +40,51 @@ def without_guest(msg_type: str, content: dict[str, Any]) -> dict[str, Any]:
     return reply
 
 
-def kernel_info(guest_info: dict[str, Any] | None, python: str, facts: str) -> dict[str, Any]:
+def kernel_info(
+    guest_info: dict[str, Any] | None, manifest: Manifest | None, facts: str
+) -> dict[str, Any]:
     """The content of a ``kernel_info_reply``.
 
     ``guest_info`` is what the guest kernel said when the template was saved, None before the
-    first one was built; ``python`` is the image's Python version; ``facts`` is one line about
-    this kernel's VM.
+    first one was built; ``manifest`` is the image's, None when there is no image; ``facts`` is one
+    line about this kernel's VM.
     """
-    info = guest_info or {
+    info = guest_info or _expected_info(manifest)
+    language = info.get("language_info")
+    name = language.get("name", "") if isinstance(language, dict) else ""
+    banner = str(info.get("banner") or name).rstrip()
+    return {
+        **info,
+        "protocol_version": PROTOCOL_VERSION,
+        "banner": f"{banner}\nvmkernel {__version__}: every cell runs in a microVM. {facts}\n",
+        "supported_features": info.get("supported_features", []),
+    }
+
+
+def _expected_info(manifest: Manifest | None) -> dict[str, Any]:
+    """What the guest kernel will say, as far as its image tells."""
+    info = {
         "status": "ok",
         "implementation": "vmsandbox",
         "implementation_version": __version__,
+    }
+    if manifest is not None and manifest.recipe.language.name != "python":
+        language = manifest.recipe.language
+        known = {
+            "name": language.name,
+            "version": "",
+            "mimetype": language.mimetype,
+            "file_extension": language.file_extension,
+            "pygments_lexer": language.pygments_lexer,
+            "codemirror_mode": language.codemirror_mode,
+        }
+        required = ("name", "version", "mimetype", "file_extension")
+        said = {key: value for key, value in known.items() if value or key in required}
+        return {**info, "language_info": said, "help_links": []}
+    python = manifest.python_version if manifest is not None else ""
+    return {
+        **info,
+        "banner": f"Python {python}",
         "language_info": {
             "name": "python",
             "version": python,
@@ -59,13 +96,6 @@ def kernel_info(guest_info: dict[str, Any] | None, python: str, facts: str) -> d
         },
         "help_links": HELP_LINKS,
         "supported_features": ["kernel subshells", "debugger"],
-    }
-    banner = str(info.get("banner") or f"Python {python}").rstrip()
-    return {
-        **info,
-        "protocol_version": PROTOCOL_VERSION,
-        "banner": f"{banner}\nvmkernel {__version__}: every cell runs in a microVM. {facts}\n",
-        "supported_features": info.get("supported_features", []),
     }
 
 

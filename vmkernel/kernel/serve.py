@@ -52,6 +52,9 @@ async def serve(
     kernel_id = connection_file.stem.removeprefix("kernel-")
     history = History(settings, options)
     wrapper = Wrapper(settings, sockets, kernel_id, history, begun, failure)
+    manifest = wrapper.supply.manifest()
+    if manifest is not None and manifest.recipe.engine != "python":
+        history.on = False  # it is IPython's; another kernel may have one of its own, in the guest
     loop = asyncio.get_running_loop()
     # Some launchers start children with SIGINT blocked; an interrupt would never come through.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

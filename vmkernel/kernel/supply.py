@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vmkernel.host.guest import Guest, KernelDeath
+    from vmkernel.image.store import Manifest
     from vmkernel.protocol import messages
     from vmkernel.settings import Settings
 
@@ -159,13 +160,13 @@ class GuestSupply:
             self._info = self._begun.template.manifest.kernel_info
         return self._info
 
-    def python_version(self) -> str:
-        """The image's Python version, "" when there is no image."""
+    def manifest(self) -> Manifest | None:
+        """The image's, with its recipe; None when there is no image."""
         from vmkernel.image.store import find_image
 
         with contextlib.suppress(VmError):
-            return find_image(self._settings.recipe, self._settings).manifest.python_version
-        return ""
+            return find_image(self._settings.recipe, self._settings).manifest
+        return None
 
     def facts(self) -> str:
         """One line about this kernel's VM."""

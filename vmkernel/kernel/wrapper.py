@@ -197,7 +197,7 @@ class Wrapper:
 
     def _kernel_info(self) -> dict[str, Any]:
         supply = self.supply
-        return local.kernel_info(supply.guest_info(), supply.python_version(), supply.facts())
+        return local.kernel_info(supply.guest_info(), supply.manifest(), supply.facts())
 
     # --- control ---
 

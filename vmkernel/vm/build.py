@@ -240,7 +240,10 @@ async def _boot_and_freeze(
         async with _Ticker(tell, "booting the guest", 0.02, _AT_HELLO, 12.0):
             await boot.reach("hello", settings.boot_timeout)
         left = settings.boot_timeout - (time.monotonic() - started)
-        async with _Ticker(tell, "loading Python and its libraries", _AT_HELLO, _AT_READY, 20.0):
+        what = "Python and its libraries"
+        if spec.image.recipe.engine != "python":
+            what = "the kernel"
+        async with _Ticker(tell, f"loading {what}", _AT_HELLO, _AT_READY, 20.0):
             kernel_info: dict[str, Any] = await boot.reach("ready", max(left, 1.0))
         tell("saving the guest's memory", _AT_READY)
         await asyncio.sleep(0.3)  # let the guest fall idle: what it runs now, every clone repeats
