@@ -224,6 +224,16 @@ def test_off(how: str, small_spec: str, start_kernel: StartKernel, file: Path) -
     assert not list(file.parent.iterdir())
 
 
+def test_a_kernel_of_another_language_answers_itself(
+    bash_kernel: str, start_kernel: StartKernel, file: Path
+) -> None:
+    """The history is IPython's; a Python prompt must not offer lines of bash."""
+    with start_kernel(bash_kernel) as bash:
+        assert bash.run("echo $((1 + 1))").stdout.strip() == "2"
+        assert cells(bash) == []  # the unmodified bash_kernel's answer
+    assert not list(file.parent.iterdir())
+
+
 def test_sigkill_of_the_wrapper(
     small_spec: str, start_kernel: StartKernel, file: Path, wait_until: Callable[..., None]
 ) -> None:
