@@ -411,20 +411,26 @@ def test_an_interrupts_traceback_ends_in_the_users_code(engine: Engine) -> None:
     assert "port.py" not in shown
 
 
-def test_a_threads_output_belongs_to_the_cell_that_started_it(engine: Engine) -> None:
+def test_a_threads_output_belongs_to_the_cell_that_runs_or_ran_last(engine: Engine) -> None:
     starter = engine.cell(
         "import threading, time\n"
-        "from concurrent.futures import ThreadPoolExecutor\n"
-        "go = threading.Event(); pool = ThreadPoolExecutor(1)\n"
-        "pool.submit(print, 'pool, first').result()\n"
-        "def work():\n    go.wait(); print('late', flush=True)\n"
-        "threading.Thread(target=work).start()"
+        "go = threading.Event()\n"
+        "def work():\n    time.sleep(0.5); print('late', flush=True); go.wait(); print('later')\n"
+        "thread = threading.Thread(target=work); thread.start()"
     )
-    assert text(engine.until_idle(starter)) == "pool, first\n"
-    msg_id = engine.cell("go.set(); time.sleep(0.5); pool.submit(print, 'pool, second').result()")
-    answers = engine.until_idle(msg_id)
-    assert text([a for a in answers if a.parent_id == starter]) == "late\n"
-    assert text([a for a in answers if a.parent_id == msg_id]) == "pool, second\n"
+    assert text(engine.until_idle(starter)) == ""
+    late = engine.receive()
+    assert (late.parent_id, late.content["text"]) == (starter, "late\n")
+    msg_id = engine.cell("go.set(); thread.join()")
+    assert text([a for a in engine.until_idle(msg_id) if a.parent_id == msg_id]) == "later\n"
+
+
+def test_cells_run_in_a_real_main_module(engine: Engine) -> None:
+    code = (
+        "import sys; main = sys.modules['__main__']\n"
+        "print(type(main).__name__, vars(main) is globals(), __doc__)"
+    )
+    assert text(engine.run(code)).startswith("module True Automatically created module for IPython")
 
 
 def test_a_context_variable_lives_from_cell_to_cell(engine: Engine) -> None:

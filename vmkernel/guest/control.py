@@ -109,7 +109,8 @@ class Subshells:
         """End one, once what it runs has ended.  Raises KeyError."""
         thread = self._threads.pop(subshell_id)
         thread.stop()
-        await asyncio.get_running_loop().run_in_executor(None, thread.join)
+        while thread.is_alive():  # noqa: ASYNC110 - a thread to join it in would be one more
+            await asyncio.sleep(POLL / 10)
 
     def get(self, subshell_id: str) -> Subshell | None:
         """One by its id."""

@@ -44,7 +44,6 @@ from vmkernel.guest.magics import VmMagics
 from vmkernel.guest.port import Interrupts, Port
 from vmkernel.guest.session import PortSession, encode_body
 from vmkernel.guest.streams import OutputPump, PortStream
-from vmkernel.guest.threads import hand_on
 from vmkernel.guest.tracebacks import Tracebacks
 from vmkernel.guest.wake import reseed_process
 from vmkernel.protocol import frames, messages
@@ -110,7 +109,11 @@ class Engine:
         log.addHandler(logging.NullHandler())
         # The instance of its class: comms and libraries look for it there
         self.kernel = PortKernel.instance(
-            subshells=self.control.subshells, session=session, config=config, log=log
+            subshells=self.control.subshells,
+            user_ns=None,  # a real module's, as in plain ipykernel, not a dict in a dummy
+            session=session,
+            config=config,
+            log=log,
         )
         self.kernel.iopub_socket = "iopub"
         self.kernel.port = self.port
@@ -127,15 +130,6 @@ class Engine:
         shell.configurables.append(self.kernel)
         self._shortcuts = Shortcuts(shell)
         self._tracebacks = Tracebacks(shell)
-        hand_on(
-            [
-                self.kernel._shell_parent,
-                self.kernel._shell_parent_ident,
-                shell.displayhook._parent_header,
-                shell.display_pub._parent_header,
-                *(stream._parent_header for stream in self.pump.streams.values()),
-            ]
-        )
         # The kernel's own names must not show up in %who
         shell.user_ns_hidden.update(shell.user_ns)
 

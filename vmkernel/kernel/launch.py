@@ -31,13 +31,14 @@ Settings: as `vmkernel install` writes them into the kernelspec, e.g. --memory=4
 def parse_arguments(arguments: list[str]) -> tuple[Path, dict[str, str], list[str]]:
     """The connection file, settings by name, and IPython's options.
 
-    Options of the form ``--Class.trait=value`` are IPython's; front ends append them to any
-    kernel that they take for IPython.  Those of ``HistoryManager`` are obeyed (nbclient wants none
-    kept: ``hist_file=:memory:``), others accepted.  Raises VmError.
+    Options of the form ``--Class.trait=value`` and ``--option value`` are IPython's; front ends
+    append them to any kernel that they take for IPython.  Those of ``HistoryManager`` are obeyed
+    (nbclient wants none kept: ``hist_file=:memory:``), others accepted.  Raises VmError.
     """
     connection_file = ""
     overrides: dict[str, str] = {}
     options: list[str] = []
+    value_may_follow = False
     rest = iter(arguments)
     for argument in rest:
         if argument in ("-f", "--connection-file"):
@@ -51,8 +52,13 @@ def parse_arguments(arguments: list[str]) -> tuple[Path, dict[str, str], list[st
             overrides[name] = value
         elif argument == "--debug":
             overrides["log-level"] = "debug"
-        else:
+        elif argument.startswith("--"):
+            options.append(argument)
+            value_may_follow = True
+            continue
+        elif not value_may_follow:
             raise VmError(f"unknown argument {argument!r}", hint=USAGE)
+        value_may_follow = False
     if not connection_file:
         raise VmError("no connection file was given", hint=USAGE)
     return Path(connection_file), overrides, options

@@ -50,6 +50,8 @@ IOPUB_TYPES = frozenset(
     "stream display_data update_display_data execute_input execute_result error clear_output "
     "comm_open comm_msg comm_close debug_event".split()
 )
+# Control requests that wait for no other: the guest may never answer that one.
+URGENT = frozenset(("interrupt_request", "shutdown_request", "usage_request"))
 
 
 class Wrapper:
@@ -76,6 +78,7 @@ class Wrapper:
         """Header and subshell id of requests that went to the guest, by msg_id"""
         self._comms: OrderedDict[str, str] = OrderedDict()
         self._questions = Questions(self.supply, settings)
+        self._one_control = asyncio.Lock()
         self._interrupting: asyncio.Task[None] | None = None
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exit_asked = False
@@ -202,6 +205,13 @@ class Wrapper:
     # --- control ---
 
     async def _control(self, request: Request) -> None:
+        if request.msg_type in URGENT:
+            await self._serve_control(request)
+        else:
+            async with self._one_control:  # one at a time, as ipykernel has it
+                await self._serve_control(request)
+
+    async def _serve_control(self, request: Request) -> None:
         self.sockets.status("busy", request.raw[0])
         try:
             await self._answer_control(request)
@@ -402,7 +412,7 @@ class Wrapper:
         if parent is None or not isinstance(comm_id, str):
             return
         self._comms.pop(comm_id, None)
-        if parent[1] and message.msg_type != "comm_close":
+        if message.msg_type != "comm_close":
             self._comms[comm_id] = parent[1]
             if len(self._comms) > KNOWN_COMMS:
                 self._comms.popitem(last=False)
