@@ -385,13 +385,35 @@ def test_the_relay_ends_as_its_kernel_does(
 ) -> None:
     relay = start(WARM)
     relay.wake()
-    relay.run("print('of another cell')")
+    relay.run("import os, time; os.write(1, b'of another cell'); time.sleep(0.5)")
     relay.cell(code)
     found, words = relay.end()
     assert found == status
     assert "of another cell" not in words
     if status == -signal.SIGSEGV:
         assert "last words" in words
+
+
+def test_what_a_kernel_said_before_its_end_is_passed_on(start: Callable[..., Relay]) -> None:
+    relay = start(WARM)
+    relay.wake()
+    (kernel,) = psutil.Process(relay.process.pid).children()
+    relay.cell(  # as many as the sockets hold while nobody reads
+        "import os, time; time.sleep(1)\nfor n in range(150): display(n)\n"
+        "time.sleep(1); os._exit(0)"
+    )
+    got = relay.until(lambda a: a.msg_type == "execute_input")
+    relay.process.send_signal(signal.SIGSTOP)
+    deadline = time.monotonic() + 30
+    while kernel.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    relay.process.send_signal(signal.SIGCONT)
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        while True:
+            got.append(relay.receive())
+    assert types(got).count("display_data") == 150
+    assert "status" not in types(got)  # the cell has not ended, the kernel has
 
 
 def test_exit_is_answered_before_the_end(start: Callable[..., Relay]) -> None:
