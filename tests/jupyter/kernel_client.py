@@ -53,10 +53,10 @@ class Cell:
 
     @property
     def idle(self) -> bool:
-        """Whether the kernel said that it is done with this request."""
+        """Whether the kernel said that it is done with this request; late output may follow."""
         return any(
             message["msg_type"] == "status" and message["content"]["execution_state"] == "idle"
-            for message in self.messages[-1:]
+            for message in self.messages
         )
 
     @property

@@ -6,6 +6,7 @@ cell works, and the VM's files are still there.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -171,7 +172,7 @@ def test_the_agents_port_is_out_of_reach(kernel: Kernel) -> None:
         "    try: print(fd, os.readlink(f'/proc/self/fd/{fd}'))\n"
         "    except OSError: pass",
     )
-    assert len(re.findall("vport", inherited)) == 1, inherited  # the kernel's own
+    assert len(re.findall("vport", inherited)) == 2, inherited  # the kernel's own two
     assert "console" not in inherited
     child = value(kernel, "import subprocess\n"
                           "print(subprocess.run('ls -l /proc/self/fd', shell=True, "
@@ -314,3 +315,16 @@ def test_a_full_disk_is_the_cells_error(kernel: Kernel) -> None:
     )  # fmt: skip
     assert cell.error["ename"] == "OSError"
     assert kernel.run("import os; os.remove('big'); 1 + 1").result == "2"
+
+
+def test_modules_are_looked_for_in_a_plain_kernels_order(kernel: Kernel) -> None:
+    """The library, the working directory, the user's own packages, the image's."""
+    code = "import json, site, sys; print(json.dumps([sys.path, site.getusersitepackages()]))"
+    path, user_site = json.loads(kernel.run(code).stdout)
+    assert path[-1].endswith("dist-packages")
+    assert user_site in path
+    here = path.index("")
+    assert all("-packages" not in entry for entry in path[:here])
+    assert all("-packages" in entry for entry in path[here + 1 :])
+    assert path[here + 1] == user_site
+    assert not any("vmkernel" in entry for entry in path)

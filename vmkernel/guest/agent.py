@@ -281,10 +281,9 @@ def run_engine(
 
     Returns when the user asked it to exit.
     """
-    from vmkernel.guest.engine import Engine, prepare_user_site
+    from vmkernel.guest.engine import Engine, prepare_path
 
-    prepare_user_site()
-    sys.path[:] = ["", *(entry for entry in sys.path if entry not in ("", "/run/vmkernel"))]
+    prepare_path(without="/run/vmkernel")
     sys.argv = ["vmkernel"]
     engine = Engine(*ports, outputs)
     if marker is not None:

@@ -357,10 +357,16 @@ def is_emulated() -> bool:
         return "QEMU TCG" in file.read(4096)
 
 
-def prepare_user_site() -> None:
-    """Let packages that the user installs with ``pip install --user`` be imported."""
+def prepare_path(without: str) -> None:
+    """Let modules be found where a plain kernel finds them: the library, the working directory,
+    what the user installs with ``pip install --user``, what the image has.
+    """
     site.ENABLE_USER_SITE = True
     site.USER_BASE = site.USER_SITE = None
     directory = site.getusersitepackages()
     os.makedirs(directory, exist_ok=True)
+    known = [entry for entry in sys.path if entry not in ("", without)]
     site.addsitedir(directory)
+    users = [entry for entry in sys.path if entry not in (*known, "", without)]
+    library = [entry for entry in known if not entry.endswith("-packages")]
+    sys.path[:] = [*library, "", *users, *(entry for entry in known if entry not in library)]
