@@ -408,6 +408,20 @@ def kernel(file: Path, lines: int, name: str, pause: float, end: str) -> Iterato
         process.communicate()
 
 
+async def test_the_end_waits_for_nobody(start, monkeypatch, tmp_path):
+    """What is in the socket is the process's business; the kernel's end is not kept up by it."""
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 3\n")
+    slow.chmod(0o755)
+    monkeypatch.setattr(history_module.sys, "executable", str(slow))
+    history = start()
+    history.record(1, "x")
+    begun = time.monotonic()
+    await history.close()
+    await asyncio.sleep(0.05)
+    assert time.monotonic() - begun < 0.9
+
+
 async def test_a_great_deal_at_the_end(file):
     name = "x" * 20_000
     with kernel(file, 300, name, 0, "end") as process:

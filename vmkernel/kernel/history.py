@@ -84,6 +84,7 @@ class History:
         self._asked = 0
         self._due: asyncio.TimerHandle | None = None
         self._rest: asyncio.TimerHandle | None = None
+        self._closed = False
         self._crashes = 0
         self._warned = ""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -243,6 +244,8 @@ class History:
                     self._on_message(message)
         except (OSError, ValueError) as error:  # msgspec's are ValueErrors
             log.warning("the history's process said what is not understood: %r", error)
+        if self._closed:  # it has yet to do its work
+            return
         writer.close()
         if self._writer is writer:  # it was not we who ended it
             self._on_end(problem)
@@ -316,6 +319,7 @@ class History:
         for timer in (self._due, self._rest):
             if timer is not None:
                 timer.cancel()
+        self._closed = True
         writer, self._writer = self._writer, None
         if writer is not None:
             with contextlib.suppress(OSError, TimeoutError):
