@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -52,6 +53,8 @@ def test_the_figures_are_the_guests(kernel: Kernel) -> None:
     )
     reply = usage(kernel)
     machine = reply["host_virtual_memory"]
+    if os.environ.get("KERNEL_UNDER_TEST") == "relay":
+        facts[1] -= 1  # the relay itself, whose child the kernel is
     assert [reply["hostname"], reply["pid"], reply["cpu_count"], machine["total"]] == facts
     assert machine["used"] == machine["total"] - machine["available"]
     assert machine["percent"] == pytest.approx(100 * machine["used"] / machine["total"], abs=0.1)
