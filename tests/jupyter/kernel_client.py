@@ -29,6 +29,8 @@ class Cell:
 
     def __init__(self, msg_id: str) -> None:
         self.msg_id = msg_id
+        self.request: Message = {}
+        """What was sent, where somebody wants to know."""
         self.sent = time.monotonic()
         self.messages: list[Message] = []
         """iopub, in order of arrival."""
@@ -165,6 +167,10 @@ class Client:
             while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 message = channel.get_msg(timeout=0)
                 self.of(message["parent_header"].get("msg_id", "")).add(name, message)
+                self.on_message(name, message)
+
+    def on_message(self, channel: str, message: Message) -> None:
+        """A message came in; for who wants to see all in order."""
 
     def wait(self, condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
         """Take messages until *condition* holds; fails after *seconds*."""

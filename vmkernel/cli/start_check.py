@@ -51,7 +51,6 @@ class _Start:
     async def run(self) -> str:
         """Go through the steps; a few words about the VM.  Raises VmError."""
         from vmkernel.host.manager import Label, VmStart, begin
-        from vmkernel.image.store import find_image
 
         self._answer = asyncio.get_running_loop().create_future()
         label = Label(_LABEL, _LABEL)
@@ -69,9 +68,8 @@ class _Start:
                 on_end=self._on_end,
                 progress=self._on_progress,
             )
-            if find_image(self._settings.recipe, self._settings).recipe.engine == "python":
-                self._begin_step(f"{_CODE} is {_ANSWER}")
-                await self._compute(guest)
+            self._begin_step(f"{_CODE} is {_ANSWER}")
+            await self._compute(guest)
             self._begin_step("VM ended")
         finally:
             await start.close()
