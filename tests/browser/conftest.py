@@ -1,0 +1,102 @@
+"""A JupyterLab server, Chromium, and a page: one of each for a module's tests.
+
+With KERNEL_UNDER_TEST=plain the same tests run against plain ipykernel: what they expect of ours
+is what a user of JupyterLab sees there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+# --import-mode=importlib does not make a test's own directory importable.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from lab import Lab, Notebook
+from lab_server import LabServer
+from playwright.sync_api import Browser, sync_playwright
+
+from prerequisites import missing
+
+BROWSERS = ("chromium", "google-chrome", "google-chrome-stable")  # as script/setup looks for them
+VIEWPORT = {"width": 1280, "height": 900}
+_LAB = pytest.StashKey[Lab]()
+
+
+@pytest.fixture(scope="session")
+def kernel_name(request: pytest.FixtureRequest) -> str:
+    """The kernelspec under test, with numpy, matplotlib, pandas and ipywidgets behind it."""
+    if os.environ.get("KERNEL_UNDER_TEST") == "plain":
+        from ipykernel.kernelspec import install
+
+        install(user=True, kernel_name="plain", display_name="Plain")
+        return "plain"
+    return str(request.getfixturevalue("datascience_kernel"))
+
+
+@pytest.fixture(scope="session")
+def server(kernel_name: str, session_dir: Path) -> Iterator[LabServer]:
+    """A JupyterLab server for all of tests/browser."""
+    root = session_dir / "lab"
+    root.mkdir()
+    server = LabServer(root, session_dir / "lab.log")
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+# Not for the session: while playwright's is open, its event loop counts as running, and no test
+# with a loop of its own could run.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Headless Chromium."""
+    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        missing("there is no Chromium: script/setup --browser")
+    with sync_playwright() as playwright:
+        # As root Chromium has no sandbox; it sees nothing but our own server.
+        browser = playwright.chromium.launch(executable_path=path, chromium_sandbox=False)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@pytest.fixture(scope="module")
+def lab(browser: Browser, server: LabServer, request: pytest.FixtureRequest) -> Lab:
+    """JupyterLab with its launcher in front."""
+    lab = Lab(browser.new_page(viewport=VIEWPORT), server)
+    request.node.stash[_LAB] = lab
+    return lab
+
+
+@pytest.fixture(scope="module")
+def notebook(lab: Lab, kernel_name: str, request: pytest.FixtureRequest) -> Iterator[Notebook]:
+    """An empty notebook on the kernel under test, shared by the module's tests."""
+    notebook = lab.open_notebook(f"{request.path.stem}.ipynb", kernel_name)
+    yield notebook
+    lab.close_notebook()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show with a failed test what was on the screen."""
+    report = yield
+    module = item.getparent(pytest.Module)
+    if report.failed and call.when == "call" and module and (lab := module.stash.get(_LAB, None)):
+        picture = Path(item.config.rootpath, "test-output", f"{module.path.stem}-{item.name}.png")
+        picture.parent.mkdir(exist_ok=True)
+        lab.page.screenshot(path=picture)
+        report.sections.append(("the screen", str(picture)))
+        report.sections.append(("the page's console", "\n".join(lab.errors)))
+        log = lab.server.log.read_text(errors="replace").splitlines()
+        report.sections.append(("JupyterLab's log (last lines)", "\n".join(log[-30:])))
+    return report
