@@ -13,6 +13,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 # --import-mode=importlib does not make a test's own directory importable.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,6 +25,7 @@ from playwright.sync_api import Browser, sync_playwright
 from prerequisites import missing
 
 BROWSERS = ("chromium", "google-chrome", "google-chrome-stable")  # as script/setup looks for them
+TEMPLATE_PATIENCE = 240
 VIEWPORT = {"width": 1280, "height": 900}
 _LAB = pytest.StashKey[Lab]()
 
@@ -36,7 +38,15 @@ def kernel_name(request: pytest.FixtureRequest) -> str:
 
         install(user=True, kernel_name="plain", display_name="Plain")
         return "plain"
-    return str(request.getfixturevalue("datascience_kernel"))
+    name = str(request.getfixturevalue("datascience_kernel"))
+    # Once, so that the template is there: a test's patience is not for that.
+    manager, client = start_new_kernel(kernel_name=name, startup_timeout=TEMPLATE_PATIENCE)
+    try:
+        client.execute_interactive("1", timeout=TEMPLATE_PATIENCE)
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel()
+    return name
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +101,7 @@ def pytest_runtest_makereport(
     """Show with a failed test what was on the screen."""
     report = yield
     module = item.getparent(pytest.Module)
-    if report.failed and call.when == "call" and module and (lab := module.stash.get(_LAB, None)):
+    if report.failed and module and (lab := module.stash.get(_LAB, None)):
         picture = Path(item.config.rootpath, "test-output", f"{module.path.stem}-{item.name}.png")
         picture.parent.mkdir(exist_ok=True)
         lab.page.screenshot(path=picture)

@@ -16,8 +16,6 @@ from playwright.sync_api import Locator, Page, expect
 
 PATIENCE = 60.0
 """Seconds for anything that is bound to happen, on a loaded machine without KVM."""
-START_PATIENCE = 240.0
-"""Seconds for a kernel's start: the first of all builds a template."""
 
 expect.set_options(timeout=PATIENCE * 1000)
 
@@ -81,7 +79,7 @@ class Notebook:
                 const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel;
                 return kernel?.connectionStatus === 'connected' && kernel.status === 'idle';
             }""",
-            timeout=START_PATIENCE * 1000,
+            timeout=PATIENCE * 1000,
         )
 
     def last_cell(self) -> Cell:

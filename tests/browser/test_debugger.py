@@ -44,6 +44,7 @@ class Debugger:
 def debugger(lab: Lab, notebook: Notebook) -> Debugger:
     """The debugger, switched on."""
     debugger = Debugger(lab, notebook)
+    expect(debugger.button).to_have_attribute("aria-disabled", "false")
     debugger.button.click()
     expect(debugger.button).to_have_attribute("aria-pressed", "true")
     expect(debugger.sidebar).to_be_visible()

@@ -133,7 +133,7 @@ def test_tab_offers_completions(notebook: Notebook):
     notebook.run("import collections")
     cell = notebook.add()
     cell.type("collections.")
-    popup = notebook.page.locator(".jp-Completer")
+    popup = notebook.page.locator(".jp-Completer:not(.lm-mod-hidden)")
     names = popup.locator(".jp-Completer-match")
     # JupyterLab waits one second for an answer; the first of all may take longer, and a person
     # presses the key again.
@@ -147,7 +147,7 @@ def test_tab_offers_completions(notebook: Notebook):
     cell.page.keyboard.type("Ordered")
     expect(names).to_have_text(["OrderedDict"])
     cell.page.keyboard.press("Enter")
-    expect(popup).to_be_hidden()
+    expect(popup).to_have_count(0)
     expect(cell.editor).to_have_text("collections.OrderedDict")
     cell.run()
     assert cell.finish().text == "collections.OrderedDict"
@@ -165,7 +165,7 @@ def test_kernel_usage_panel_shows_memory_and_cpu(lab: Lab, notebook: Notebook):
     panel = lab.page.locator(".jp-KernelUsage-view")
     expect(panel).to_contain_text(re.compile(r"Memory: [\d.]+ [MG]B"))
     expect(panel).to_contain_text(re.compile(r"CPU: [\d.]+"))
-    expect(panel).to_contain_text(re.compile(r"used on \d+ CPUs"))
+    expect(panel).to_contain_text(re.compile(r"used on \d+ CPU"))
     # It is the kernel's own figure: the process id is the one that Python knows.
     expect(panel).to_contain_text(f"Process ID: {notebook.value('import os; os.getpid()')}")
     lab.page.get_by_role("tab", name="Kernel Usage").click()
