@@ -221,3 +221,13 @@ def test_doctor_sees_a_kernelspec_and_a_dead_one(tmp_path):
     _, checks = _doctor(**environ)
     assert checks["kernelspec"]["state"] == "warning"
     assert "/gone/python, which is gone" in checks["kernelspec"]["found"]
+
+
+def test_doctor_sees_a_kernelspec_whose_image_is_not_built(tmp_path):
+    environ = {"JUPYTER_DATA_DIR": str(tmp_path), "VMKERNEL_IMAGES_DIR": str(tmp_path / "images")}
+    done = run("install", "--recipe", "bash", **environ)
+    assert "build it with: vmkernel image build bash" in done.stderr
+    _, checks = _doctor(**environ)
+    assert checks["kernelspec"]["state"] == "warning"
+    assert "vmsandbox-bash" in checks["kernelspec"]["found"]
+    assert checks["kernelspec"]["remedy"] == "vmkernel image build bash"
