@@ -112,6 +112,19 @@ def test_a_missing_recipe_tells_which_there_are(tmp_path: Path) -> None:
         load_recipe(tmp_path / "nosuch.toml")
 
 
+def test_a_slip_in_a_placeholder_is_told(tmp_path: Path) -> None:
+    text = """
+    name = "mine"
+    engine = "relay"
+    argv = ["bash-kernel", "{connection_file}"]
+    wake_code = "cd {cwd:sh} ${env} %s"
+    """
+    assert load_recipe(write(tmp_path, text % "{seed} {other}")).wake_code
+    for slip in ("{cwd}", "{env:bash}", "{seed:sh}"):
+        with pytest.raises(ImageError, match="wake_code.*" + slip):
+            load_recipe(write(tmp_path, text % slip))
+
+
 def test_a_relay_recipe_needs_no_ipykernel(tmp_path: Path) -> None:
     text = """
     name = "mine"

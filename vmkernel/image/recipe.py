@@ -29,6 +29,12 @@ ModuleName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)
 # Below site-packages, no way out of it.
 PrunePattern = Annotated[str, msgspec.Meta(pattern=r"^(?!.*\.\.)[A-Za-z0-9_][\w./*?-]*$")]
 
+# What `wake_code` may have filled in (vmkernel.guest.relay), and what looks like it. A shell's
+# ${env} does not.
+_PLACEHOLDERS = {"{seed}", "{entropy}", "{cwd:json}", "{cwd:sh}", "{env:json}", "{env:string}",
+                 "{env:sh}"}  # fmt: skip
+_LIKE_PLACEHOLDER = re.compile(r"(?<!\$)\{(?:seed|entropy|cwd|env)(?::\w*)?\}")
+
 # What every guest needs for the agent and either engine (vmkernel.guest) to run in it.
 _ALWAYS_REQUIRED = ("msgspec", "pyzmq")
 
@@ -196,6 +202,10 @@ def _check(recipe: Recipe, path: Path) -> None:
         raise _mistake(path, f"`memory` is {recipe.memory} MiB; allowed are 64M to 1T")
     if recipe.engine == "relay" and not any("{connection_file}" in word for word in recipe.argv):
         raise _mistake(path, '`engine = "relay"` needs `argv` with "{connection_file}" in it')
+    for found in _LIKE_PLACEHOLDER.findall(recipe.wake_code):
+        if found not in _PLACEHOLDERS:
+            known = ", ".join(sorted(_PLACEHOLDERS))
+            raise _mistake(path, f"`wake_code` has {found} in it; there are {known}")
     if recipe.engine == "relay" and recipe.preload:
         raise _mistake(path, '`preload` is only for `engine = "python"`')
     if recipe.engine == "python":
