@@ -50,8 +50,11 @@ IOPUB_TYPES = frozenset(
     "stream display_data update_display_data execute_input execute_result error clear_output "
     "comm_open comm_msg comm_close debug_event".split()
 )
-# Control requests that wait for no other: the guest may never answer that one.
-URGENT = frozenset(("interrupt_request", "shutdown_request", "usage_request"))
+# Control requests that we can answer: they wait for no other, which may wait for a guest.
+OURS = frozenset(
+    "interrupt_request shutdown_request usage_request kernel_info_request connect_request "
+    "history_request".split()
+)
 
 
 class Wrapper:
@@ -172,6 +175,11 @@ class Wrapper:
 
         ``meanwhile``: a comm message beside the cell that runs, of which the guest says no idle.
         """
+        if request.msg_id in self._with_guest:
+            raise VmError(
+                f"a request with the id {request.msg_id!r} is being served already",
+                hint="every message needs an id of its own (messaging spec, msg_id)",
+            )
         self._parents[request.msg_id] = (request.raw[0], request.subshell_id)
         if len(self._parents) > KNOWN_PARENTS:
             self._parents.popitem(last=False)
@@ -205,7 +213,7 @@ class Wrapper:
     # --- control ---
 
     async def _control(self, request: Request) -> None:
-        if request.msg_type in URGENT:
+        if request.msg_type in OURS:
             await self._serve_control(request)
         else:
             async with self._one_control:  # one at a time, as ipykernel has it
@@ -246,14 +254,16 @@ class Wrapper:
 
     async def _reply_ourselves(self, request: Request, content: dict[str, Any]) -> None:
         """Answer a control request; a guest that is there sees it first: code can ask for it."""
-        if self.supply.current is not None:
+        guest = self.supply.current
+        if guest is not None and request.msg_id not in self._with_guest:
             with contextlib.suppress(VmError, TimeoutError):
+                exchange = self.send(guest, request, None)
+                exchange.own = content
                 async with asyncio.timeout(PATIENCE):
-                    exchange = self.send(self.supply.current, request, None)
-                    exchange.own = content
                     await exchange.done
-                    if exchange.replied:
-                        return
+                if exchange.replied:
+                    return
+            self._with_guest.pop(request.msg_id, None)
         self.reply(request, content)
 
     def interrupt(self) -> None:
