@@ -7,7 +7,6 @@ is what a user of JupyterLab sees there.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -18,15 +17,13 @@ from jupyter_client.manager import start_new_kernel
 # --import-mode=importlib does not make a test's own directory importable.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from lab import Lab, Notebook
+from lab import Lab, Notebook, chromium, chromium_path
 from lab_server import LabServer
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser
 
 from prerequisites import missing
 
-BROWSERS = ("chromium", "google-chrome", "google-chrome-stable")  # as script/setup looks for them
 TEMPLATE_PATIENCE = 240
-VIEWPORT = {"width": 1280, "height": 900}
 _LAB = pytest.StashKey[Lab]()
 
 
@@ -66,32 +63,36 @@ def server(kernel_name: str, session_dir: Path) -> Iterator[LabServer]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Headless Chromium."""
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    path = chromium_path()
     if path is None:
         missing("there is no Chromium: script/setup --browser")
-    with sync_playwright() as playwright:
-        # As root Chromium has no sandbox; it sees nothing but our own server.
-        browser = playwright.chromium.launch(executable_path=path, chromium_sandbox=False)
-        try:
-            yield browser
-        finally:
-            browser.close()
+    with chromium(path) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
 def lab(browser: Browser, server: LabServer, request: pytest.FixtureRequest) -> Lab:
     """JupyterLab with its launcher in front."""
-    lab = Lab(browser.new_page(viewport=VIEWPORT), server)
+    lab = Lab(browser.new_page(viewport={"width": 1280, "height": 900}), server)
     request.node.stash[_LAB] = lab
     return lab
 
 
 @pytest.fixture(scope="module")
-def notebook(lab: Lab, kernel_name: str, request: pytest.FixtureRequest) -> Iterator[Notebook]:
+def module_notebook(
+    lab: Lab, kernel_name: str, request: pytest.FixtureRequest
+) -> Iterator[Notebook]:
     """An empty notebook on the kernel under test, shared by the module's tests."""
     notebook = lab.open_notebook(f"{request.path.stem}.ipynb", kernel_name)
     yield notebook
     lab.close_notebook()
+
+
+@pytest.fixture
+def notebook(lab: Lab, module_notebook: Notebook) -> Notebook:
+    """The module's notebook, its kernel idle: also after a test that failed half-way."""
+    lab.calm_down()
+    return module_notebook
 
 
 @pytest.hookimpl(wrapper=True)

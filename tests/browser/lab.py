@@ -8,16 +8,40 @@ nothing here sleeps. What is tested is done with mouse and keyboard; only the ar
 from __future__ import annotations
 
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import nbformat
 from lab_server import LabServer
-from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 PATIENCE = 60.0
 """Seconds for anything that is bound to happen, on a loaded machine without KVM."""
 
 expect.set_options(timeout=PATIENCE * 1000)
+
+
+# As script/setup looks for them.
+_BROWSERS = ("chromium", "google-chrome", "google-chrome-stable")
+
+
+def chromium_path() -> str | None:
+    """Where Chromium is, if it is."""
+    return next(filter(None, map(shutil.which, _BROWSERS)), None)
+
+
+@contextmanager
+def chromium(path: str) -> Iterator[Browser]:
+    """Headless Chromium, ended at the end."""
+    with sync_playwright() as playwright:
+        # As root Chromium has no sandbox; it sees nothing but our own server.
+        browser = playwright.chromium.launch(executable_path=path, chromium_sandbox=False)
+        try:
+            yield browser
+        finally:
+            browser.close()
 
 
 class Cell:
@@ -76,7 +100,8 @@ class Notebook:
         # The indicator in the toolbar shows "idle" also where there is no kernel yet.
         self.page.wait_for_function(
             """() => {
-                const kernel = window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel;
+                const widget = window.jupyterapp?.shell?.currentWidget;
+                const kernel = widget?.sessionContext?.session?.kernel;
                 return kernel?.connectionStatus === 'connected' && kernel.status === 'idle';
             }""",
             timeout=PATIENCE * 1000,
@@ -105,9 +130,18 @@ class Notebook:
         """Run a new cell and wait until its kernel is done with it."""
         return self.start(source).finish()
 
-    def value(self, expression: str) -> str:
-        """What Python says."""
-        return self.run(expression).text.splitlines()[-1]
+    def wait_result(self, source: str, expected: str) -> None:
+        """Run a cell, again and again until its text is this.
+
+        For what the page sends in its own time: widgets hold a change back until the kernel is
+        done with the one before.
+        """
+        cell = self.run(source)
+        for _ in range(20):
+            if cell.text == expected:
+                return
+            cell.run_again()
+        assert cell.text == expected
 
 
 class Lab:
@@ -167,8 +201,62 @@ class Lab:
         self.command("notebook:shutdown-kernel")
         self.page.evaluate("window.jupyterapp.shell.currentWidget.dispose()")
 
+    def calm_down(self) -> None:
+        """Away with dialogs and running cells; nothing to do as a rule."""
+        dialog = self.page.locator(".jp-Dialog")
+        while dialog.count():
+            dialog.first.press("Escape")
+        self.page.evaluate(
+            """() => {
+                const widget = window.jupyterapp.shell.currentWidget;
+                const kernel = widget?.sessionContext?.session?.kernel;
+                return kernel?.status === 'busy' ? kernel.interrupt() : null;
+            }"""
+        )
+
     def dialog(self, button: str) -> None:
         """Answer the dialog that has come up."""
         dialog = self.page.locator(".jp-Dialog")
         dialog.locator("button").filter(has_text=re.compile(f"^{button}$")).click()
         expect(dialog).to_have_count(0)
+
+
+class Debugger:
+    """JupyterLab's debugger: a notebook's button for it, and the sidebar."""
+
+    def __init__(self, lab: Lab, notebook: Notebook) -> None:
+        self.page = lab.page
+        self.button = notebook.toolbar.locator(".jp-DebuggerBugButton")
+        self.sidebar = lab.page.locator(".jp-DebuggerSidebar")
+        self.variables = self.sidebar.locator(".jp-DebuggerVariables-body:not(.lm-mod-hidden)")
+        self.frames = self.sidebar.locator(".jp-DebuggerCallstackFrame")
+        self.here = lab.page.locator(".jp-NotebookPanel .jp-DebuggerEditor-highlight")
+
+    def switch_on(self) -> None:
+        """Press the button, as soon as it can be, and wait for the sidebar."""
+        expect(self.button).to_have_attribute("aria-disabled", "false")
+        self.button.click()
+        expect(self.button).to_have_attribute("aria-pressed", "true")
+        expect(self.sidebar).to_be_visible()
+
+    def set_breakpoint(self, cell: Cell, line: int) -> None:
+        """Click beside the line (counted from 1)."""
+        # The first element is CodeMirror's own, for measuring.
+        place = cell.box.locator(".cm-breakpoint-gutter .cm-gutterElement").nth(line)
+        for _ in range(5):  # a click that comes before the editor's extension is not heard
+            place.click()
+            with suppress(AssertionError):
+                expect(place.locator(".cm-breakpoint-icon")).to_be_visible(timeout=5000)
+                return
+        raise AssertionError(f"no breakpoint in line {line}")
+
+    def do(self, command: str) -> None:
+        """Press one of the call stack's buttons."""
+        self.sidebar.locator(f"[data-command='debugger:{command}']").click()
+
+    def variable(self, name: str) -> Locator:
+        """A variable's value as shown."""
+        item = self.variables.locator("jp-tree-item").filter(
+            has=self.page.locator(".jp-DebuggerVariables-name", has_text=name)
+        )
+        return item.locator(".jp-DebuggerVariables-detail")

@@ -44,6 +44,7 @@ class LabServer:
                 [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
                  f"--ServerApp.port={_free_port()}", f"--ServerApp.root_dir={root}",
                  "--ServerApp.ip=127.0.0.1", "--LabApp.expose_app_in_browser=True",
+                 "--JupyterNotebookApp.expose_app_in_browser=True",
                  *_QUIET],
                 env=env, cwd=root, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip

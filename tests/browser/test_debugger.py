@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from lab import Lab, Notebook
-from playwright.sync_api import Locator, expect
+from lab import Debugger, Lab, Notebook
+from playwright.sync_api import expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.vm, pytest.mark.timeout(400)]
 
@@ -17,37 +17,11 @@ def area(width, height):
 print(area(6, 7))"""
 
 
-class Debugger:
-    """JupyterLab's sidebar for it."""
-
-    def __init__(self, lab: Lab, notebook: Notebook) -> None:
-        self.page = lab.page
-        self.button = notebook.toolbar.locator(".jp-DebuggerBugButton")
-        self.sidebar = lab.page.locator(".jp-DebuggerSidebar")
-        self.variables = self.sidebar.locator(".jp-DebuggerVariables-body:not(.lm-mod-hidden)")
-        self.frames = self.sidebar.locator(".jp-DebuggerCallstackFrame")
-        self.here = lab.page.locator(".jp-NotebookPanel .jp-DebuggerEditor-highlight")
-
-    def do(self, command: str) -> None:
-        """Press one of the call stack's buttons."""
-        self.sidebar.locator(f"[data-command='debugger:{command}']").click()
-
-    def variable(self, name: str) -> Locator:
-        """A variable's value as shown."""
-        item = self.variables.locator("jp-tree-item").filter(
-            has=self.page.locator(".jp-DebuggerVariables-name", has_text=name)
-        )
-        return item.locator(".jp-DebuggerVariables-detail")
-
-
 @pytest.fixture(scope="module")
-def debugger(lab: Lab, notebook: Notebook) -> Debugger:
+def debugger(lab: Lab, module_notebook: Notebook) -> Debugger:
     """The debugger, switched on."""
-    debugger = Debugger(lab, notebook)
-    expect(debugger.button).to_have_attribute("aria-disabled", "false")
-    debugger.button.click()
-    expect(debugger.button).to_have_attribute("aria-pressed", "true")
-    expect(debugger.sidebar).to_be_visible()
+    debugger = Debugger(lab, module_notebook)
+    debugger.switch_on()
     return debugger
 
 
@@ -55,9 +29,7 @@ def test_stops_at_a_breakpoint_shows_variables_steps_and_goes_on(
     debugger: Debugger, notebook: Notebook
 ):
     cell = notebook.add(SOURCE)
-    gutter = cell.box.locator(".cm-breakpoint-gutter .cm-gutterElement")
-    gutter.nth(3).click()  # the first is CodeMirror's own measure, so the third line
-    expect(gutter.nth(3).locator(".cm-breakpoint-icon")).to_be_visible()
+    debugger.set_breakpoint(cell, line=3)
     cell.run()
 
     expect(debugger.here).to_have_text("    product += 1")

@@ -126,7 +126,7 @@ def test_interrupt_button_stops_a_loop_and_keeps_the_state(notebook: Notebook):
     notebook.toolbar.locator("[data-command='notebook:interrupt-kernel']").click()
     cell.finish()
     expect(cell.outputs.last).to_contain_text("KeyboardInterrupt")
-    assert notebook.value("kept") == "'still here'"
+    assert notebook.run("kept").text == "'still here'"
 
 
 def test_tab_offers_completions(notebook: Notebook):
@@ -167,7 +167,7 @@ def test_kernel_usage_panel_shows_memory_and_cpu(lab: Lab, notebook: Notebook):
     expect(panel).to_contain_text(re.compile(r"CPU: [\d.]+"))
     expect(panel).to_contain_text(re.compile(r"used on \d+ CPU"))
     # It is the kernel's own figure: the process id is the one that Python knows.
-    expect(panel).to_contain_text(f"Process ID: {notebook.value('import os; os.getpid()')}")
+    expect(panel).to_contain_text(f"Process ID: {notebook.run('import os; os.getpid()').text}")
     lab.page.get_by_role("tab", name="Kernel Usage").click()
 
 
