@@ -328,3 +328,13 @@ def test_modules_are_looked_for_in_a_plain_kernels_order(kernel: Kernel) -> None
     assert all("-packages" in entry for entry in path[here + 1 :])
     assert path[here + 1] == user_site
     assert not any("vmkernel" in entry for entry in path)
+
+
+def test_a_cell_that_kills_its_kernel_at_once_was_shown_as_input(kernel: Kernel) -> None:
+    """execute_input comes before the error, also when the guest had no time to say it."""
+    code = "import os; os._exit(1)"
+    cell = kernel.run(code)
+    assert cell.types == ["execute_input", "error"]
+    (content,) = cell.contents("execute_input")
+    assert content["code"] == code
+    assert content["execution_count"] > 0

@@ -43,6 +43,7 @@ class Exchange:
 
     __slots__ = (
         "asked", "awaiting", "done", "lane", "noted", "own", "question", "replied", "request",
+        "shown",
     )  # fmt: skip
 
     def __init__(self, request: Request, lane: Lane | None) -> None:
@@ -51,6 +52,8 @@ class Exchange:
         self.replied = False
         self.own: dict[str, Any] | None = None
         """What is replied in place of the guest's answer"""
+        self.shown = False
+        """Its execute_input was published"""
         self.noted = False
         """The history has it"""
         self.asked = False
@@ -247,6 +250,7 @@ class Lane:
     def _fail(self, request: Request, error: dict[str, Any]) -> None:
         """End a request with an error of our own, and abort what is queued behind it."""
         if request.msg_type == EXECUTE:
+            self._show_input(request)
             self._owner.sockets.publish("error", error, request.raw[0])
             content = {**error, "status": "error", "execution_count": self._owner.execution_count,
                        "user_expressions": {}, "payload": []}  # fmt: skip
@@ -255,6 +259,16 @@ class Lane:
         if not (self.replied or (self.exchange is not None and self.exchange.replied)):
             self._reply(request, content, {"status": "error"})
         self.abort_queued(request)
+
+    def _show_input(self, request: Request) -> None:
+        """Publish what was to be executed, where no guest lived long enough to do so."""
+        if request.content.get("silent") or (self.exchange is not None and self.exchange.shown):
+            return
+        content = {
+            "code": request.content.get("code", ""),
+            "execution_count": self._owner.execution_count + 1,
+        }
+        self._owner.sockets.publish("execute_input", content, request.raw[0])
 
     def abort_queued(self, request: Request) -> None:
         """After an error: the execute requests that have arrived by now are not run."""

@@ -385,6 +385,7 @@ class Wrapper:
             if message.msg_type in COMM_TYPES:
                 self._note_comm(message, parent)
             elif message.msg_type in ("execute_input", "execute_result") and exchange is not None:
+                exchange.shown = exchange.shown or message.msg_type == "execute_input"
                 self._note_history(exchange, message)
             self.sockets.publish(
                 message.msg_type,
