@@ -49,6 +49,7 @@ class Cell:
 
     def __init__(self, notebook: Notebook, index: int) -> None:
         self.page = notebook.page
+        self.index = index
         self.box = notebook.panel.locator(".jp-Notebook-cell").nth(index)
         self.editor = self.box.locator(".jp-InputArea-editor .cm-content")
         self.prompt = self.box.locator(".jp-InputArea-prompt")
@@ -109,7 +110,11 @@ class Notebook:
 
     def last_cell(self) -> Cell:
         """The cell at the end."""
-        return Cell(self, self.panel.locator(".jp-Notebook-cell").count() - 1)
+        return self.cell(self.panel.locator(".jp-Notebook-cell").count() - 1)
+
+    def cell(self, index: int) -> Cell:
+        """The cell at a place."""
+        return Cell(self, index)
 
     def add(self, source: str = "") -> Cell:
         """The cell at the end, with this source and nothing else in it."""
@@ -200,6 +205,21 @@ class Lab:
         """End the kernel of what is in front, and close it without asking whether to save it."""
         self.command("notebook:shutdown-kernel")
         self.page.evaluate("window.jupyterapp.shell.currentWidget.dispose()")
+
+    def close_and_open_again(self) -> Notebook:
+        """Close what is in front without saving it, and open it anew; its kernel goes on."""
+        path = self.page.evaluate(
+            """() => {
+                const widget = window.jupyterapp.shell.currentWidget;
+                const path = widget.context.path;
+                widget.dispose();
+                return path;
+            }"""
+        )
+        self.command("docmanager:open", path=path, factory="Notebook")
+        notebook = self.current()
+        notebook.wait_idle()
+        return notebook
 
     def calm_down(self) -> None:
         """Away with dialogs and running cells; nothing to do as a rule."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
-from lab import Notebook
+from lab import Lab, Notebook
 from playwright.sync_api import Locator, expect
 
 pytestmark = [pytest.mark.browser, pytest.mark.vm, pytest.mark.timeout(400)]
@@ -232,7 +232,7 @@ WIDGETS = [
     Widget("GridBox", "", "it.children = [widgets.Label('in it')];", text("in it")),
     Widget("Output", "", "it.append_stdout('captured');", text("captured")),
 ]  # fmt: skip
-# Needs a gamepad; arrangements of GridBox; what others are made of; a second name.
+# Controller needs a gamepad; the others are arrangements of widgets that are here.
 OTHERS = {
     "Controller", "AppLayout", "GridspecLayout", "TwoByTwoLayout", "interactive",
 }  # fmt: skip
@@ -346,3 +346,16 @@ def test_thread_updates_a_widget_after_the_cells_end(notebook: Notebook):
     expect(cell.box.locator(".widget-label")).to_have_text("waiting")
     notebook.run("go_on.set()")
     expect(cell.box.locator(".widget-label")).to_have_text("from a thread")
+
+
+def test_a_notebook_opened_anew_finds_its_widgets_in_the_kernel(lab: Lab, notebook: Notebook):
+    notebook.run("from ipywidgets import IntSlider\nkept = IntSlider(3, 0, 9)\nkept")
+    index = notebook.last_cell().index - 1
+    # Not saved: where the slider stands is known to the kernel alone.
+    lab.command("docmanager:save")
+    notebook.run("kept.value = 7")
+    lab.close_and_open_again()
+    cell = notebook.cell(index)
+    expect(cell.box.locator(".widget-readout")).to_have_text("7")
+    cell.box.locator(HANDLE).press("ArrowRight")
+    notebook.wait_result("print(kept.value)", "8")
