@@ -36,7 +36,7 @@ log = logging.getLogger("vmkernel")
 
 DELAY = 1.0
 """Seconds from a cell's begin until it is handed over; what comes meanwhile goes with it."""
-REST = 60.0
+REST = 15.0
 """Seconds without anything to do after which the process is ended."""
 PATIENCE = 10.0
 """Seconds that a front end's question may take."""
