@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -131,6 +131,8 @@ class Client:
         self.raw.load_connection_info(manager.get_connection_info())
         self.raw.start_channels()
         self._cells: dict[str, Cell] = {}
+        self.events: list[Message] = []
+        """What debug_event messages said, whatever request they name."""
         self._poller = zmq.Poller()
         self._channels = {
             self.raw.iopub_channel.socket: ("iopub", self.raw.iopub_channel),
@@ -153,9 +155,20 @@ class Client:
         """Ask for a cell's execution; *options* as of ``KernelClient.execute``."""
         return self.of(self.raw.execute(code, **options))
 
-    def ask(self, msg_type: str, content: Message | None = None, channel: str = "shell") -> Cell:
+    def ask(
+        self,
+        msg_type: str,
+        content: Message | None = None,
+        channel: str = "shell",
+        *,
+        subshell_id: str | None = None,
+        buffers: Sequence[bytes] = (),
+    ) -> Cell:
         """Send any request."""
         message = self.raw.session.msg(msg_type, content or {})
+        message["buffers"] = list(buffers)
+        if subshell_id is not None:
+            message["header"]["subshell_id"] = subshell_id
         cell = self.of(message["header"]["msg_id"])
         getattr(self.raw, f"{channel}_channel").send(message)
         return cell
@@ -167,6 +180,8 @@ class Client:
             while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:
                 message = channel.get_msg(timeout=0)
                 self.of(message["parent_header"].get("msg_id", "")).add(name, message)
+                if message["msg_type"] == "debug_event":
+                    self.events.append(message["content"])
                 self.on_message(name, message)
 
     def on_message(self, channel: str, message: Message) -> None:

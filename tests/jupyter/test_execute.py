@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import datetime
 
 import pytest
 from kernel_client import Kernel
@@ -73,6 +74,18 @@ def test_the_headers_date_is_now(kernel: Kernel) -> None:
     assert abs(float(cell.stdout) - time.time()) < 10
     for message in cell.messages:
         assert abs(message["header"]["date"].timestamp() - time.time()) < 10
+
+
+def test_one_cell_has_started_when_the_one_before_it_has_ended(kernel: Kernel) -> None:
+    """Front ends show how long a cell ran: reply's date less ``metadata.started``, of one clock."""
+    cells = [kernel.send("import time; time.sleep(0.1)") for _ in range(10)]
+    ended = None
+    for cell in cells:
+        (reply,) = kernel.finish(cell).replies
+        started = datetime.fromisoformat(reply["metadata"]["started"])
+        assert ended is None or started >= ended
+        ended = reply["header"]["date"]
+        assert 0.1 <= (ended - started).total_seconds() < 5
 
 
 def test_a_syntax_error(kernel: Kernel) -> None:

@@ -18,7 +18,7 @@ from vmkernel import trace
 from vmkernel.errors import VmError
 from vmkernel.kernel import local
 from vmkernel.kernel.progress import Notice
-from vmkernel.kernel.sockets import Request, Sockets
+from vmkernel.kernel.sockets import Request, Sockets, now
 from vmkernel.kernel.supply import GuestSupply
 
 if TYPE_CHECKING:
@@ -43,12 +43,13 @@ class Exchange:
 
     __slots__ = (
         "asked", "awaiting", "done", "lane", "noted", "own", "question", "replied", "request",
-        "shown",
+        "shown", "started",
     )  # fmt: skip
 
     def __init__(self, request: Request, lane: Lane | None) -> None:
         self.request = request
         self.lane = lane
+        self.started = now()
         self.replied = False
         self.own: dict[str, Any] | None = None
         """What is replied in place of the guest's answer"""

@@ -210,7 +210,7 @@ class Sockets:
     def aborted_metadata(self) -> dict[str, Any]:
         """What ipykernel has in the metadata of a reply, for a request that was aborted."""
         return {
-            "started": _now(),
+            "started": now(),
             "dependencies_met": True,
             "engine": self.session,
             "status": "aborted",
@@ -224,7 +224,7 @@ class Sockets:
             "msg_type": msg_type,
             "username": "vmkernel",
             "session": self.session,
-            "date": _now(),
+            "date": now(),
             "version": PROTOCOL_VERSION,
         }
 
@@ -340,7 +340,8 @@ class Sockets:
         self._context.term()
 
 
-def _now() -> str:
+def now() -> str:
+    """This moment, as headers have it (ISO 8601, UTC)."""
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 

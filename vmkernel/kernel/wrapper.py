@@ -346,7 +346,11 @@ class Wrapper:
                 lane.retire(str(request.content.get("subshell_id")))
         if exchange.own is not None:
             content = exchange.own
-        self.sockets.reply(request, message.msg_type, content, message.metadata, buffers)
+        metadata = message.metadata
+        if "started" in metadata:
+            # As all dates, of the host's clock: front ends subtract it from the reply's
+            metadata = {**metadata, "started": exchange.started}
+        self.sockets.reply(request, message.msg_type, content, metadata, buffers)
         if content.get("status") == "error" and exchange.lane is not None:
             exchange.lane.abort_queued(request)
 
