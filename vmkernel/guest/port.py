@@ -106,7 +106,8 @@ class Port:
         try:
             with self._lock:
                 queued, self._queued, self._queued_bytes = self._queued, [], 0
-                self._write(queued)
+                if queued:  # else another thread wrote it while this one waited for the lock
+                    self._write(queued)
         finally:
             self._interrupts.release()
 
