@@ -453,7 +453,7 @@ def _around(one: Any, other: Any) -> tuple[str, str]:
     texts = _text(one), _text(other)
     pairs = enumerate(zip(*texts, strict=False))
     begin = max(0, next((i for i, (a, b) in pairs if a != b), 0) - 80)
-    first, second = (("… " if begin else "") + text[begin : begin + 300] for text in texts)
+    first, second = (("… " if begin else "") + text[begin : begin + 1000] for text in texts)
     return first, second
 
 
