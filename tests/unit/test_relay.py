@@ -320,8 +320,20 @@ def test_a_comm_message_reaches_a_cell_that_awaits(relay: Relay) -> None:
     msg_id = relay.cell("await asyncio.wait_for(came.wait(), 30); print('came')")
     relay.until(lambda a: a.msg_type == "execute_input")
     comm = relay.send("comm_open", {"comm_id": "c2", "target_name": "come", "data": {}})
-    relay.until_idle(comm)
-    assert text(relay.until_idle(msg_id)) == "came\n"
+    answers = relay.until_idle(msg_id)
+    assert text(answers) == "came\n"
+    assert ("status", comm) not in [(a.msg_type, a.parent_id) for a in answers]
+
+
+def test_a_comm_message_while_a_cell_computes_is_served_after_it(relay: Relay) -> None:
+    relay.run(
+        "get_ipython().kernel.comm_manager.register_target('say', lambda *_: print('served'))"
+    )
+    msg_id = relay.cell("import time; time.sleep(1); print('computed')")
+    relay.until(lambda a: a.msg_type == "execute_input")
+    comm = relay.send("comm_open", {"comm_id": "c3", "target_name": "say", "data": {}})
+    assert text(relay.until_idle(msg_id)) == "computed\n"
+    assert text(relay.until_idle(comm)) == "served\n"
 
 
 def test_control_requests_are_served_while_a_cell_runs(relay: Relay) -> None:

@@ -36,6 +36,8 @@ from vmkernel.protocol import frames, messages
 OUTPUT_TAIL = 16 << 10
 AT_ONCE = 64
 """Messages taken from one socket before another gets its turn."""
+MOST_COMMS = 256
+"""Comm messages of one type whose end may still come."""
 LOST = 3.0
 """Seconds of silence after which the other one of reply and idle will not come any more."""
 LAST_WORDS = 0.3
@@ -241,11 +243,11 @@ class Relay:
         kernel.send(
             channel, bytes(request.header), bytes(request.metadata), bytes(request.content), buffers
         )
-        if msg_type.startswith("comm_") and any(
-            other.msg_type == "execute_request" for other in self._open.values()
-        ):
-            # ipykernel serves it in the midst of an asynchronous cell, and publishes no status
-            self._settle(msg_id, self._open[msg_id], force=True)
+        if msg_type.startswith("comm_"):
+            # In the midst of an asynchronous cell ipykernel serves it and publishes no status
+            comms = [other for other, request in self._open.items() if request.msg_type == msg_type]
+            for forgotten in comms[:-MOST_COMMS]:
+                del self._open[forgotten]
 
     def _wake(self, request: messages.ToGuest) -> None:
         if self._awake:

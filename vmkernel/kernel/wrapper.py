@@ -80,6 +80,8 @@ class Wrapper:
         self._parents: OrderedDict[str, tuple[bytes, str]] = OrderedDict()
         """Header and subshell id of requests that went to the guest, by msg_id"""
         self._comms: OrderedDict[str, str] = OrderedDict()
+        self._meanwhile: OrderedDict[str, bytes] = OrderedDict()
+        """Headers of comm messages sent beside a cell, of whose end nothing was said yet"""
         self._questions = Questions(self.supply, settings)
         self._one_control = asyncio.Lock()
         self._interrupting: asyncio.Task[None] | None = None
@@ -173,7 +175,8 @@ class Wrapper:
     ) -> Exchange:
         """Send a request to the guest, and remember it until the guest says idle.
 
-        ``meanwhile``: a comm message beside the cell that runs, of which the guest says no idle.
+        ``meanwhile``: a comm message beside the cell that runs, of which the guest says no idle
+        unless the cell ended first.
         """
         if request.msg_id in self._with_guest:
             raise VmError(
@@ -199,6 +202,10 @@ class Wrapper:
         )
         if not meanwhile:
             self._with_guest[request.msg_id] = exchange
+        else:
+            self._meanwhile[request.msg_id] = request.raw[0]
+            if len(self._meanwhile) > KNOWN_COMMS:
+                self._meanwhile.popitem(last=False)
         return exchange
 
     def reply(self, request: Request, content: Any, metadata: Any = None) -> None:
@@ -384,6 +391,10 @@ class Wrapper:
                 del self._with_guest[message.parent_id]
                 if not exchange.done.done():
                     exchange.done.set_result(None)
+            elif (header := self._meanwhile.pop(message.parent_id, None)) is not None:
+                # It was served after the cell, not beside it: then its status is for all to see
+                self.sockets.status("busy", header)
+                self.sockets.status("idle", header)
         elif message.msg_type in IOPUB_TYPES:
             parent = self._parents.get(message.parent_id)
             if message.msg_type in COMM_TYPES:
@@ -500,5 +511,6 @@ class Wrapper:
                     self._note_history(exchange, None)
         lanes, self._subshells = self._subshells, {}
         self._comms.clear()
+        self._meanwhile.clear()
         for subshell_id, lane in lanes.items():
             lane.retire(subshell_id)
