@@ -172,7 +172,8 @@ def datascience_kernel(datascience_image: str) -> str:
 @pytest.fixture(scope="session")
 def relay_kernel(relay_image: str) -> str:
     """The name of an installed kernelspec of an unmodified ipykernel: the yardstick."""
-    return _kernelspec("vmsandbox-relay", relay_image, "512M")
+    # Two processes hold what a cell shows, where the Python engine is one
+    return _kernelspec("vmsandbox-relay", relay_image, "1G")
 
 
 @pytest.fixture(scope="session")
