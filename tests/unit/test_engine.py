@@ -439,6 +439,58 @@ def test_a_context_variable_lives_from_cell_to_cell(engine: Engine) -> None:
     assert text(engine.run("print(v.get())")) == "s\n"
 
 
+ALARM = """
+import os, signal
+def on_alarm(*_):
+    {handler}
+signal.signal(signal.SIGALRM, on_alarm)
+signal.setitimer(signal.ITIMER_REAL, {first})
+try:
+    {code}
+finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+"""
+
+
+def test_a_signal_handler_that_prints_in_the_midst_of_output_breaks_no_frame(
+    engine: Engine,
+) -> None:
+    handler = "print('tick', flush=True); signal.setitimer(signal.ITIMER_REAL, .05)"
+    code = "for _ in range(20): print('x' * 1_000_000, flush=True)"
+    msg_id = engine.cell(ALARM.format(handler=handler, first=0.05, code=code))
+    time.sleep(1)  # the host is slow, and writing to the port takes a while
+    said = text(engine.until_idle(msg_id))
+    assert said.count("x") == 20_000_000
+    assert "tick" in said
+
+
+def test_a_signal_handler_that_raises_in_the_midst_of_output_breaks_no_frame(
+    engine: Engine,
+) -> None:
+    handler = "raise TimeoutError"
+    code = "for _ in range(20): print('x' * 1_000_000, flush=True)"
+    msg_id = engine.cell(ALARM.format(handler=handler, first=0.5, code=code))
+    time.sleep(1)
+    errors = [a for a in engine.until_idle(msg_id) if a.msg_type == "error"]
+    assert [error.content["ename"] for error in errors] == ["TimeoutError"]
+    assert text(engine.run("print('still there')")) == "still there\n"
+
+
+def test_a_signal_handler_may_flush_whatever_it_comes_upon(engine: Engine) -> None:
+    handler = "print('tick', flush=True); signal.setitimer(signal.ITIMER_REAL, .0005)"
+    code = "for _ in range(5_000): os.write(1, b'x\\n'); print('y', flush=True)"
+    said = text(engine.run(ALARM.format(handler=handler, first=0.0005, code=code)))
+    assert said.count("x") == said.count("y") == 5_000
+    assert "tick" in said
+
+
+def test_a_control_request_that_would_wait_for_the_control_thread_fails(engine: Engine) -> None:
+    code = {"code": "%vm", "silent": False}
+    answers = engine.until_idle(engine.send("execute_request", code, "control"))
+    assert "RuntimeError" in [a.content["ename"] for a in answers if a.msg_type == "error"]
+
+
 def test_the_debugger_stops_at_a_breakpoint(engine: Engine) -> None:
     count = 0
 

@@ -39,8 +39,11 @@ class Inbox:
     def ask(self, key: str, send: Callable[[], None]) -> Any:
         """Call ``send``, which asks question ``key``; the answer.
 
-        An interrupt ends the wait (main thread).
+        An interrupt ends the wait (main thread).  Raises RuntimeError in the control thread,
+        which would wait for what it alone can hear.
         """
+        if threading.current_thread().name == CONTROL_THREAD_NAME:
+            raise RuntimeError("a request on the control channel can ask nobody")
         box = self._waiting[key] = queue.SimpleQueue()
         try:
             send()

@@ -248,8 +248,8 @@ class Engine:
         """Ask the user; what is typed.  A subshell's answers come on port "control"."""
         if isinstance(threading.current_thread(), Subshell):
             return str(self.control.inbox.ask(msg_id, send))
-        send()
         self._inputs.clear()  # what was typed for an earlier, interrupted question
+        send()
         # Not for ever at once: a signal that comes just before the system call would end nothing,
         # and in a thread the loop may take the answer in, or the thread a request for the loop.
         while not self._inputs:

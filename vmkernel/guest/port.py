@@ -77,13 +77,17 @@ class Port:
         self._reader = frames.FrameReader()
         self._queued: list[frames.Piece] = []
         self._queued_bytes = 0
+        self._data = memoryview(b"")  # what is being written
+        self._sent: list[int] = []  # how much of it was
+        self._writing = False
         self.muted = False
         """Write nothing: for rehearsals."""
 
     def resync(self, marker: bytes) -> None:
         """Begin a stream after a dead predecessor: send the marker, skip input up to it."""
         self._reader.resync(marker)
-        self._write([marker])
+        self._queued.append(marker)
+        self.flush()
 
     def queue(self, body: bytes, buffers: tuple[frames.Piece, ...] = ()) -> None:
         """Append a message to those that the next :meth:`flush` writes at once."""
@@ -93,21 +97,20 @@ class Port:
             with self._lock:
                 self._queued += pieces
                 self._queued_bytes += len(body) + sum(len(memoryview(b)) for b in buffers)
-                if self._queued_bytes > frames.MAX_FRAME:
-                    self.flush()
+            if self._queued_bytes > frames.MAX_FRAME:
+                self.flush()
         finally:
             self._interrupts.release()
 
     def flush(self) -> None:
         """Write what is queued; waits while the host does not read (back-pressure)."""
-        if not self._queued or self.muted:
+        if self.muted or not (self._queued or self._data):
             return
         self._interrupts.hold()
         try:
-            with self._lock:
-                queued, self._queued, self._queued_bytes = self._queued, [], 0
-                if queued:  # else another thread wrote it while this one waited for the lock
-                    self._write(queued)
+            while not self._write():
+                # Without the lock: a user's signal handler that runs meanwhile may print
+                select.select([], [self.fd], [])
         finally:
             self._interrupts.release()
 
@@ -121,15 +124,31 @@ class Port:
         self.queue(body, buffers)
         self.flush()
 
-    def _write(self, pieces: list[frames.Piece]) -> None:
-        data = memoryview(b"".join(pieces)) if len(pieces) > 1 else memoryview(pieces[0])
-        while data:
+    def _write(self) -> bool:
+        """Write what the host takes now; whether that was all.
+
+        A user's signal handler may run anywhere in here, and raise: the next call goes on.
+        """
+        with self._lock:
+            if self._writing:  # such a handler has printed; who writes sees to that, too
+                return True
+            self._writing = True
             try:
-                data = data[os.write(self.fd, data) :]
+                while True:
+                    self._data, self._sent = self._data[sum(self._sent) :], []
+                    if not self._data:
+                        count = len(self._queued)
+                        if not count:
+                            return True
+                        self._data = memoryview(b"".join(self._queued[:count]))
+                        del self._queued[:count]
+                        self._queued_bytes = 0
+                    # No handler runs between a write and the note of it: both are in C
+                    self._sent.extend(map(os.write, (self.fd,), (self._data,)))
             except BlockingIOError:
-                select.select([], [self.fd], [])
-            except InterruptedError:
-                continue
+                return False
+            finally:
+                self._writing = False
 
     def receive(self) -> list[bytearray]:
         """The messages that can be had without waiting.  Raises ProtocolError."""

@@ -148,11 +148,9 @@ class PortStream(OutStream):
         with self._lock:
             if not self._texts:
                 return
-            text = "".join(self._texts)
-            parent = self._parent
-            self._texts = []
+            texts, self._texts = self._texts, []  # at once: a signal handler may print
             self._size = 0
-            self._publish(self.name, text, parent)
+            self._publish(self.name, "".join(texts), self._parent)
 
 
 class OutputPump:
@@ -171,7 +169,7 @@ class OutputPump:
         self._looked = 0.0
         self._counted_from = 0.0
         self._flushes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler that prints may come upon its own thread
         self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._awake = False
         self._partial = dict.fromkeys(read_fds, b"")
