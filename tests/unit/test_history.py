@@ -557,3 +557,29 @@ async def test_a_place_that_cannot_be_written(start, file, caplog):
     await until(lambda: "cannot be written" in caplog.text)
     assert await ask(history, "tail") == []
     assert history._pending  # another attempt comes, in a minute
+
+
+async def test_a_range_from_further_back_than_the_session_goes_is_all_of_it(
+    start: Callable[..., History],
+) -> None:
+    history = start()
+    for line in (1, 2):
+        history.record(line, f"line {line}")
+    everything = [[1, 1, "line 1"], [1, 2, "line 2"]]
+    for _ in range(history_module.MOST_CRASHES):
+        assert await ask(history, "range", session=0, start=-100) == everything
+    assert await ask(history, "range", session=0, start=-1) == everything[1:]
+    assert history.on
+
+
+def test_results_without_a_text_take_no_room_without_end(file: Path) -> None:
+    async def flood() -> None:
+        history = History(Settings(history_file=file))
+        history.record(1 << 30, "1")
+        for line in range(1, 3 * history_module.MOST_OUTPUTS):
+            history.output(line, "")
+        assert len(history._outputs) == history_module.MOST_OUTPUTS
+        assert len(history._fresh) <= history_module.MOST_OUTPUTS
+        await history.close()
+
+    asyncio.run(flood())

@@ -54,6 +54,8 @@ LONGEST_OUTPUT = 16 << 10
 """Characters of a result's text."""
 MOST_OUTPUT = 256 << 10
 """Characters of this session's results that are kept for who asks for a range with outputs."""
+MOST_OUTPUTS = 10_000
+"""How many of them; each may be empty."""
 _LONGEST_ANSWER = 1 << 28
 
 _NOTHING: dict[str, Any] = {"status": "ok", "history": []}
@@ -125,8 +127,10 @@ class History:
             text = text[:LONGEST_OUTPUT] + " …"
         self._kept += len(text) - len(self._outputs.get(line, ""))
         self._outputs[line] = text
-        while self._kept > MOST_OUTPUT:
-            self._kept -= len(self._outputs.pop(next(iter(self._outputs))))
+        while self._kept > MOST_OUTPUT or len(self._outputs) > MOST_OUTPUTS:
+            oldest = next(iter(self._outputs))
+            self._kept -= len(self._outputs.pop(oldest))
+            self._fresh.discard(oldest)
         self._fresh.add(line)
         if self._due is None:
             self._hand_over_in(DELAY)

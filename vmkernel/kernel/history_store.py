@@ -195,7 +195,9 @@ class Store:
                     n = 10 if query.n is None else query.n
                     found = manager.get_tail(n, include_latest=True, **options)
                 case "range":
-                    found = manager.get_range(query.session, query.start, query.stop, **options)
+                    # From the end, as far as this session goes: further is an IndexError
+                    start = max(query.start, 1 - len(manager.input_hist_raw))
+                    found = manager.get_range(query.session, start, query.stop, **options)
                 case "search":
                     found = manager.search(query.pattern, n=query.n, unique=query.unique, **options)
                 case _:
