@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("vmkernel")
 
 
+MOST_UNSENT = 1 << 20
+"""Bytes that may wait for a guest; one that asks and does not listen gets no more answers."""
+
+
 class VmRequest(msgspec.Struct, forbid_unknown_fields=True):
     """Content of a ``vm_request``."""
 
@@ -50,8 +54,8 @@ class Questions:
             log.warning("a malformed question of the guest: %s", error)
             return
         guest = self._supply.current
-        if guest is None:
-            return  # it died; with it who asked
+        if guest is None or guest.vm.control.unsent > MOST_UNSENT:
+            return  # it died, and with it who asked; or it does not listen
         reply: dict[str, Any]
         try:
             known = self._commands.get(request.command)

@@ -60,6 +60,11 @@ class Port(asyncio.Protocol):
         """Whether :meth:`send` can be called: the peer neither hung up nor broke the protocol."""
         return self._transport is not None and not self._broken
 
+    @property
+    def unsent(self) -> int:
+        """Bytes that the guest has not taken yet."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
     def send(self, body: bytes, buffers: Sequence[frames.Piece] = ()) -> None:
         """Write a message; what the guest does not take yet is kept.
 
