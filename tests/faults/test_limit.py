@@ -127,6 +127,17 @@ class TestOneSlot:
         holder.shut_down()
         assert waiter.finish(cell).result == "42"
 
+    def test_an_interrupted_wait_leaves_no_other_request_without_an_end(
+        self, waiter: Kernel
+    ) -> None:
+        asked = waiter.ask("create_subshell_request", channel="control")
+        cell = waiter.send("print('ran')")
+        waiter.wait(lambda: places(cell), "its place in the queue")
+        assert not asked.done
+        waiter.interrupt()
+        assert waiter.finish(cell).error["ename"] == "KeyboardInterrupt"
+        assert "interrupted" in waiter.finish(asked, 30).reply["evalue"]
+
     def test_shutdown_releases_a_waiter(self, waiter: Kernel, holder: Kernel, host: VmHost) -> None:
         cell = waiter.send("print('ran')")
         waiter.wait(lambda: places(cell), "its place in the queue")

@@ -107,6 +107,14 @@ class GuestSupply:
             if show is None or self._replacing:
                 return await asyncio.shield(starting)
             return await starting
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if show is not None or not starting.cancelled() or (task and task.cancelling()):
+                raise
+            # Somebody else's wait was interrupted, and the start with it: this one is answered
+            raise VmError(
+                "the start of the VM was interrupted", hint="run a cell, which starts one"
+            ) from None
         finally:
             self._show = None
             if starting.done() and self._starting is starting:
