@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmkernel import trace
-from vmkernel.errors import VmError
+from vmkernel.errors import VmError, VmGuestError
 from vmkernel.kernel import local
 from vmkernel.kernel.progress import Notice
 from vmkernel.kernel.sockets import Request, Sockets, now
@@ -90,9 +90,15 @@ class Owner(Protocol):
 
 
 class Lane:
-    """Requests that are served one after another.  ``on_end(error)``: its loop failed."""
+    """Requests that are served one after another.
 
-    def __init__(self, owner: Owner, on_end: Callable[[BaseException], None]) -> None:
+    ``on_end(error)``: its loop failed.  ``subshell_id`` is "" for the main shell.
+    """
+
+    def __init__(
+        self, owner: Owner, on_end: Callable[[BaseException], None], subshell_id: str = ""
+    ) -> None:
+        self.subshell_id = subshell_id
         self.exchange: Exchange | None = None
         """The request that is with the guest"""
         self.current: Request | None = None
@@ -102,7 +108,7 @@ class Lane:
         self._arrived = asyncio.Event()
         self._waiting: asyncio.Task[Guest] | None = None
         self._interrupted = False
-        self._retired = ""
+        self._retired = False
         self._on_end = on_end
         self._worker = asyncio.create_task(self._work())
         self._worker.add_done_callback(self._ended)
@@ -114,10 +120,17 @@ class Lane:
         """Serve no more."""
         self._worker.cancel()
 
-    def retire(self, subshell_id: str) -> None:
-        """The subshell is gone: say so to what is queued, and serve no more."""
-        self._retired = subshell_id
+    def retire(self) -> None:
+        """The subshell is gone: say so to what it ran and what is queued, and serve no more."""
+        self._retired = True
         self._arrived.set()
+        if self.exchange is not None and not self.exchange.done.done():
+            error = VmGuestError(
+                "The subshell was deleted while it ran this",
+                hint="wait for the end of what a subshell runs, then delete it",
+                code_ran="unknown",
+            )
+            self.exchange.done.set_exception(error)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -185,7 +198,7 @@ class Lane:
             self._reply(request, {"status": "aborted"}, self._owner.sockets.aborted_metadata())
             return
         if self._retired:
-            self._reply(request, local.unknown_subshell(self._retired), {"status": "error"})
+            self._reply(request, local.unknown_subshell(self.subshell_id), {"status": "error"})
             return
         content = await self._owner.answer(request)
         if content is not None:

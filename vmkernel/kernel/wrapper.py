@@ -37,6 +37,8 @@ KNOWN_PARENTS = 4096
 """How many finished requests a late output (a thread, a comm) may still name."""
 KNOWN_COMMS = 4096
 """How many comms' subshells are known: an answer goes where the comm was used last."""
+LONGEST_ID = 1024
+"""Characters of an id that is the guest's word, and kept."""
 MOST_SUBSHELLS = 256
 PATIENCE = 1.0
 """Seconds that a request which the host can answer waits for a guest that does not react."""
@@ -188,6 +190,9 @@ class Wrapper:
             self._parents.popitem(last=False)
         exchange = Exchange(request, lane)
         header, _, metadata, content = request.raw
+        if lane is not None and lane.subshell_id and lane.subshell_id != request.subshell_id:
+            # A comm message goes where its comm was used last; the guest has that of the header
+            header = messages.encode_json({**request.header, "subshell_id": lane.subshell_id})
         guest.send(
             messages.ToGuest(
                 "control" if request.channel == "control" else "shell",
@@ -262,16 +267,16 @@ class Wrapper:
     async def _reply_ourselves(self, request: Request, content: dict[str, Any]) -> None:
         """Answer a control request; a guest that is there sees it first: code can ask for it."""
         guest = self.supply.current
+        exchange: Exchange | None = None
         if guest is not None and request.msg_id not in self._with_guest:
             with contextlib.suppress(VmError, TimeoutError):
                 exchange = self.send(guest, request, None)
                 exchange.own = content
                 async with asyncio.timeout(PATIENCE):
                     await exchange.done
-                if exchange.replied:
-                    return
             self._with_guest.pop(request.msg_id, None)
-        self.reply(request, content)
+        if exchange is None or not exchange.replied:
+            self.reply(request, content)
 
     def interrupt(self) -> None:
         """Interrupt what is running or waited for: from a message, or from SIGINT."""
@@ -350,7 +355,10 @@ class Wrapper:
         elif request.msg_type == "delete_subshell_request" and content.get("status") == "ok":
             lane = self._subshells.pop(str(request.content.get("subshell_id")), None)
             if lane is not None:
-                lane.retire(str(request.content.get("subshell_id")))
+                if lane.exchange is not None:
+                    # The guest's subshell ends in the midst of what awaits something
+                    self._with_guest.pop(lane.exchange.request.msg_id, None)
+                lane.retire()
         if exchange.own is not None:
             content = exchange.own
         metadata = message.metadata
@@ -376,9 +384,13 @@ class Wrapper:
 
     def _add_subshell(self, content: dict[str, Any]) -> None:
         subshell_id = content.get("subshell_id")
-        known = subshell_id in self._subshells or len(self._subshells) >= MOST_SUBSHELLS
-        if isinstance(subshell_id, str) and not known:
-            self._subshells[subshell_id] = Lane(self, self._on_lane_failure)
+        if (
+            isinstance(subshell_id, str)
+            and 0 < len(subshell_id) <= LONGEST_ID
+            and subshell_id not in self._subshells
+            and len(self._subshells) < MOST_SUBSHELLS
+        ):
+            self._subshells[subshell_id] = Lane(self, self._on_lane_failure, subshell_id)
 
     def _on_iopub(
         self,
@@ -435,7 +447,7 @@ class Wrapper:
     def _note_comm(self, message: messages.FromGuest, parent: tuple[bytes, str] | None) -> None:
         """An answer on a comm belongs to the subshell that used it last (ipykernel 7.4)."""
         comm_id = message.content.get("comm_id")
-        if parent is None or not isinstance(comm_id, str):
+        if parent is None or not isinstance(comm_id, str) or len(comm_id) > LONGEST_ID:
             return
         self._comms.pop(comm_id, None)
         if message.msg_type != "comm_close":
@@ -512,5 +524,5 @@ class Wrapper:
         lanes, self._subshells = self._subshells, {}
         self._comms.clear()
         self._meanwhile.clear()
-        for subshell_id, lane in lanes.items():
-            lane.retire(subshell_id)
+        for lane in lanes.values():
+            lane.retire()
