@@ -6,6 +6,7 @@ wrapper's whole process group.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -216,3 +217,35 @@ def test_while_waiting_for_a_slot(
             holder.shut_down()
             waiter.finish(again)
             assert again.stdout == "it ran\n"
+
+
+@pytest.mark.skipif(
+    os.environ.get("KERNEL_UNDER_TEST") == "plain", reason="plain ipykernel offers nothing"
+)
+def test_a_cell_that_ignores_interrupts_is_ended_by_another_one(kernel: Kernel) -> None:
+    """The interrupt escalates: what it will cost is said first, and the VM's files stay."""
+    kernel.run("open('kept', 'w').write('kept'); lost = 1")
+    cell = kernel.send(
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "print('deaf', flush=True)\nwhile True: time.sleep(0.05)"
+    )
+    kernel.wait_output(cell, "deaf")
+    kernel.interrupt()
+    kernel.wait(lambda: "Interrupt it once more" in cell.stderr, "the offer")
+    assert not cell.done
+    kernel.interrupt()
+    kernel.finish(cell)
+    assert "was ended" in cell.traceback
+    assert "files are still there" in cell.traceback
+    assert kernel.run("print(open('kept').read())").stdout == "kept\n"
+    assert kernel.run("lost").error["ename"] == "NameError"
+
+
+def test_a_cell_that_heeds_the_interrupt_hears_of_no_other(kernel: Kernel) -> None:
+    cell = kernel.send("import time\nprint('on', flush=True)\ntime.sleep(60)")
+    kernel.wait_output(cell, "on")
+    kernel.interrupt()
+    kernel.finish(cell)
+    kernel.listen(11)
+    assert cell.stderr == ""
+    assert kernel.run("1+1").stderr == ""

@@ -198,7 +198,7 @@ class Agent:
             case messages.Interrupt():
                 if not self.kernel_pid:
                     raise ProcessLookupError("there is no guest kernel")
-                os.killpg(self.kernel_pid, signal.SIGINT)
+                os.killpg(self.kernel_pid, signal.SIGKILL if command.kill else signal.SIGINT)
             case messages.StartKernel():
                 if self.kernel_pid:
                     raise RuntimeError("the guest kernel is still there")

@@ -95,9 +95,9 @@ class Guest:
         port = self.vm.control if while_busy else self.vm.kernel
         port.send(messages.encode_json(request), buffers)
 
-    async def interrupt(self) -> None:
-        """SIGINT to the guest kernel and its children.  Raises VmGuestError."""
-        await self.vm.agent.call(messages.Interrupt())
+    async def interrupt(self, *, kill: bool = False) -> None:
+        """SIGINT to the guest kernel and its children, or SIGKILL.  Raises VmGuestError."""
+        await self.vm.agent.call(messages.Interrupt(kill))
 
     async def restart_kernel(self, timeout: float) -> None:
         """Put a new guest kernel in the place of one that died; the VM's files stay.

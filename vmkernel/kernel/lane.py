@@ -43,7 +43,7 @@ class Exchange:
 
     __slots__ = (
         "asked", "awaiting", "done", "lane", "noted", "own", "question", "replied", "request",
-        "shown", "started",
+        "shown", "started", "warned",
     )  # fmt: skip
 
     def __init__(self, request: Request, lane: Lane | None) -> None:
@@ -55,6 +55,8 @@ class Exchange:
         """What is replied in place of the guest's answer"""
         self.shown = False
         """Its execute_input was published"""
+        self.warned = False
+        """It went on after an interrupt, and the user was told"""
         self.noted = False
         """The history has it"""
         self.asked = False

@@ -40,6 +40,8 @@ KNOWN_COMMS = 4096
 LONGEST_ID = 1024
 """Characters of an id that is the guest's word, and kept."""
 MOST_SUBSHELLS = 256
+DEAF = 10.0
+"""Seconds after which a cell that was interrupted and still runs is said to ignore it."""
 PATIENCE = 1.0
 """Seconds that a request which the host can answer waits for a guest that does not react."""
 MOST_NEWS = 8
@@ -257,6 +259,11 @@ class Wrapper:
             self.reply(request, await self.supply.usage())
         elif (own := await self.answer(request)) is not None:
             await self._reply_ourselves(request, own)
+        elif msg_type == "create_subshell_request" and len(self._subshells) >= MOST_SUBSHELLS:
+            raise VmError(
+                f"this kernel has {MOST_SUBSHELLS} subshells already",
+                hint="delete those that are not used any more (delete_subshell_request)",
+            )
         else:  # the debugger, subshells: the guest's control thread
             guest = await self.supply.guest(None)
             exchange = self.send(guest, request, None)
@@ -284,14 +291,28 @@ class Wrapper:
             self._interrupting = self._spawn(self._interrupt_guest())
 
     async def _interrupt_guest(self) -> None:
+        guest, exchange = self.supply.current, self._main.exchange
         try:
-            guest = self.supply.current
             if guest is not None:
-                await guest.interrupt()
+                await guest.interrupt(kill=exchange is not None and exchange.warned)
+                if exchange is not None and not exchange.done.done():
+                    asyncio.get_running_loop().call_later(DEAF, self._offer_more, exchange)
         except VmError as error:
             log.warning("the interrupt failed: %s", error)
         finally:
             self._interrupting = None
+
+    def _offer_more(self, exchange: Exchange) -> None:
+        """Tell who interrupted a cell in vain what else there is."""
+        if exchange.done.done() or exchange.warned or exchange is not self._main.exchange:
+            return
+        exchange.warned = True
+        text = (
+            f"\nvmkernel: the cell still runs {DEAF:g} s after the interrupt. Interrupt it once "
+            "more to end the guest kernel: its variables are lost then, the VM's files stay.\n"
+        )
+        content = {"name": "stderr", "text": text}
+        self.sockets.publish("stream", content, exchange.request.raw[0])
 
     # --- stdin ---
 
@@ -300,8 +321,13 @@ class Wrapper:
         asking = [exchange for exchange in self._with_guest.values() if exchange.asked]
         if not asking or guest is None or request.msg_type != "input_reply":
             return  # an answer to a question that is no longer asked
-        # Its parent is the question, whose own parent asked; most clients have one question only.
-        exchange = next((e for e in asking if e.question == request.parent_id), asking[-1])
+        # Its parent is the question, whose own parent asked; some clients name none.
+        parent_id = request.parent_id
+        if parent_id:
+            asking = [exchange for exchange in asking if exchange.question == parent_id]
+            if not asking:
+                return
+        exchange = asking[-1]
         exchange.asked = False
         header, _, metadata, content = request.raw
         with contextlib.suppress(VmError):
@@ -388,7 +414,6 @@ class Wrapper:
             isinstance(subshell_id, str)
             and 0 < len(subshell_id) <= LONGEST_ID
             and subshell_id not in self._subshells
-            and len(self._subshells) < MOST_SUBSHELLS
         ):
             self._subshells[subshell_id] = Lane(self, self._on_lane_failure, subshell_id)
 
@@ -475,6 +500,9 @@ class Wrapper:
 
     def on_kernel_death(self, death: KernelDeath) -> None:
         """The guest kernel ended; the VM and its files are still there."""
+        if self._main.exchange is not None and self._main.exchange.warned:
+            death.reason = "The guest kernel was ended, as the cell ignored the first interrupt"
+            death.hint = "let the cell end when it gets a KeyboardInterrupt"
         running = self._main.exchange is not None and not self._main.exchange.done.done()
         error = VmGuestError(
             f"{death.reason}. The variables are lost; the VM's files are still there. "

@@ -1,10 +1,11 @@
-"""What travels in the frames: the bodies of the messages on the two ports.
+"""What travels in the frames: the bodies of the messages on the three ports.
 
 **Port "kernel"** carries Jupyter requests to the guest kernel and its answers back
-(https://jupyter-client.readthedocs.io/en/stable/messaging.html).  The guest never sends
-a Jupyter *header*: it names the request it answers by msg_id, and the host, which still
-has that request, builds and signs header and parent header itself.  So a guest cannot
-forge a parent, a session or a date, and it has less to do.
+(https://jupyter-client.readthedocs.io/en/stable/messaging.html).  **Port "control"** carries
+requests only, those that are to be heard while a cell runs; they too are answered on "kernel".
+The guest never sends a Jupyter *header*: it names the request it answers by msg_id, and the
+host, which still has that request, builds and signs header and parent header itself.  So a guest
+cannot forge a parent, a session or a date, and it has less to do.
 
 **Port "agent"** carries commands to the guest agent (PID 1), its replies and its events.
 
@@ -93,11 +94,13 @@ class SetClock(msgspec.Struct, tag="set_clock", forbid_unknown_fields=True):
 
 
 class Interrupt(msgspec.Struct, tag="interrupt", forbid_unknown_fields=True):
-    """SIGINT to the guest kernel's process group."""
+    """SIGINT to the guest kernel's process group; SIGKILL when that did not help (``kill``)."""
+
+    kill: bool = False
 
 
 class StartKernel(msgspec.Struct, tag="start_kernel", forbid_unknown_fields=True):
-    """Replace a dead guest kernel; both directions of port "kernel" begin with ``marker``."""
+    """Replace a dead guest kernel; ports "kernel" and "control" begin anew with ``marker``."""
 
     marker: bytes
 
