@@ -210,7 +210,7 @@ def test_while_waiting_for_a_slot(
             assert time.monotonic() - began < 5
             assert cell.reply["ename"] == "KeyboardInterrupt"
             assert "did not run" in cell.reply["evalue"]
-            assert cell.types[-2:] == ["clear_output", "error"]
+            assert cell.types[-3:] == ["clear_output", "execute_input", "error"]
             # It left the queue, and comes back for the next cell.
             again = waiter.send("print('it ran')")
             waiter.wait(lambda: "waiting for a VM slot" in again.stderr, "the place in the queue")
