@@ -19,6 +19,11 @@ from vmkernel.host.waking import wake_request
 from vmkernel.protocol import frames, messages
 from vmkernel.vm.machine import Spawned, Vm
 
+LAST_WORDS = 0.01
+"""Seconds of silence after which a dead guest kernel has said all."""
+LAST_TURNS = 100
+"""How many of them are waited for at most: a front end may hold the output up."""
+
 OnOutput = Callable[[messages.FromGuest, Sequence[memoryview]], None]
 
 
@@ -140,14 +145,23 @@ class Guest:
 
     def _on_event(self, event: messages.FromAgent) -> None:
         if isinstance(event, messages.KernelDied):
-            death = self._death = explain_death(event)
-            self._fail(VmGuestError(death.reason, hint=death.hint))
-            self._on_kernel_death(death)
+            self._hear_out(explain_death(event))
         elif isinstance(event, messages.Ready):
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(None)
         elif isinstance(event, messages.Failed):
             self._fail(VmGuestError(event.reason, hint="restart the kernel"))
+
+    def _hear_out(self, death: KernelDeath, received: int = -1, turns: int = LAST_TURNS) -> None:
+        """Take in what the dead kernel still said: its port and the agent's share no order."""
+        if received != self.vm.kernel.received and turns:
+            loop = asyncio.get_running_loop()
+            received = self.vm.kernel.received
+            loop.call_later(LAST_WORDS, self._hear_out, death, received, turns - 1)
+        elif self.vm.running:
+            self._death = death
+            self._fail(VmGuestError(death.reason, hint=death.hint))
+            self._on_kernel_death(death)
 
     def _on_vm_end(self, error: VmError) -> None:
         self._fail(error)
