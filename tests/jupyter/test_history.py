@@ -79,7 +79,7 @@ def helpers() -> list[psutil.Process]:
 
 
 def test_every_kind_of_question_as_plain_ipykernel(
-    kernel: Kernel, plain_spec: str, start_kernel: StartKernel
+    kernel: Kernel, plain_spec: str, start_kernel: StartKernel, tmp_path: Path
 ) -> None:
     """The same cells, the same questions: the same answers."""
     run = [
@@ -118,7 +118,8 @@ def test_every_kind_of_question_as_plain_ipykernel(
                 ]  # fmt: skip
         return [[(s and s - session, *rest) for s, *rest in entries] for entries in found]
 
-    with start_kernel(plain_spec) as plain:
+    # A history of its own, as ours has: the session's has the cells of other tests
+    with start_kernel(plain_spec, env={"IPYTHONDIR": str(tmp_path)}) as plain:
         wanted = [  # there, the current session is 0
             [(0, *rest) for _, *rest in entries] for entries in answers(plain)
         ]
