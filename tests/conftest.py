@@ -44,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     cache_dir = load_settings().cache_dir
     cache_dir.mkdir(parents=True, exist_ok=True)
     (session_dir / "cache").symlink_to(cache_dir)
+    (session_dir / "config").mkdir()  # Chromium would make it unreadable for other users' tests
     os.environ.update(
         VMKERNEL_CACHE_DIR=str(session_dir / "cache"),
         VMKERNEL_RUNTIME_DIR=str(session_dir / "run"),
