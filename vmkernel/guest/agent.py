@@ -10,6 +10,7 @@ died is replaced in the time of a fork, with the files of the VM as they were.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import importlib
 import json
@@ -270,6 +271,12 @@ def become_user() -> None:
     os.chdir(user.pw_dir)
 
 
+def report_ready(status: int, kernel_info: dict[str, Any]) -> None:
+    """Tell the agent, by the pipe ``status``, that the guest kernel waits for requests."""
+    os.write(status, json.dumps(kernel_info).encode())
+    os.close(status)
+
+
 def run_engine(
     ports: tuple[int, int],
     outputs: dict[str, int],
@@ -289,11 +296,7 @@ def run_engine(
     if marker is not None:
         engine.resync(marker)
 
-    def on_ready(kernel_info: dict[str, Any]) -> None:
-        os.write(status, json.dumps(kernel_info).encode())
-        os.close(status)
-
-    engine.run(on_ready, warm_up=marker is None)
+    engine.run(functools.partial(report_ready, status), warm_up=marker is None)
 
 
 def run_relay(
@@ -311,8 +314,7 @@ def run_relay(
     def on_ready(kernel_info: dict[str, Any]) -> None:
         nonlocal ready
         ready = True
-        os.write(status, json.dumps(kernel_info).encode())
-        os.close(status)
+        report_ready(status, kernel_info)
 
     try:
         engine = relay.Relay(ports, outputs, relay.read_recipe(config["relay"]))

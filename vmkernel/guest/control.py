@@ -20,7 +20,7 @@ from typing import Any
 
 from ipykernel.thread import CONTROL_THREAD_NAME, BaseThread
 
-from vmkernel.guest.kernel import COMM_TYPES, as_message, idents
+from vmkernel.guest.kernel import as_message, idents
 from vmkernel.guest.port import Port
 from vmkernel.protocol import frames, messages
 
@@ -84,7 +84,7 @@ class Subshell(BaseThread):
         task.add_done_callback(self._tasks.discard)
 
     async def _in_turn(self, message: dict[str, Any]) -> None:
-        if message["msg_type"] in COMM_TYPES and self._lock.locked():
+        if message["msg_type"] in messages.COMM_TYPES and self._lock.locked():
             contextvars.copy_context().run(self._serve_meanwhile, message)
             return
         async with self._lock:

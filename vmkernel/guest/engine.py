@@ -38,7 +38,7 @@ from traitlets.config import Config
 
 from vmkernel.guest.control import ControlLane, Subshell
 from vmkernel.guest.debug import ShellCaller, connect_debugger
-from vmkernel.guest.kernel import COMM_TYPES, PortKernel, as_message, idents
+from vmkernel.guest.kernel import PortKernel, as_message, idents
 from vmkernel.guest.lean import Shortcuts
 from vmkernel.guest.magics import VmMagics
 from vmkernel.guest.port import Interrupts, Port
@@ -239,7 +239,7 @@ class Engine:
                 body, buffers = frames.split(message)
                 request = messages.decode(body, messages.ToGuest)
                 if request.channel == "stdin":
-                    content = msgspec.json.decode(request.content, type=dict[str, Any])
+                    content = messages.decode_object(request.content)
                     self._inputs.append(str(content.get("value", "")))
                 else:
                     self._requests.append((request, buffers))
@@ -260,7 +260,7 @@ class Engine:
         return self._inputs.pop(0)
 
     async def _serve(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
-        if request.msg_type in COMM_TYPES and self._lock.locked():
+        if request.msg_type in messages.COMM_TYPES and self._lock.locked():
             # A cell that waits in the event loop may be waiting for a widget's answer
             message = as_message(request, buffers)
             contextvars.copy_context().run(self.kernel.serve_meanwhile, message)

@@ -23,8 +23,6 @@ from vmkernel.guest.port import Port
 from vmkernel.guest.session import PortSession, encode_body
 from vmkernel.protocol import messages
 
-COMM_TYPES = frozenset(("comm_open", "comm_msg", "comm_close"))
-
 
 class PortKernel(IPythonKernel):
     """IPythonKernel, fed from the ports."""

@@ -20,6 +20,7 @@ from vmkernel.kernel import local
 from vmkernel.kernel.progress import Notice
 from vmkernel.kernel.sockets import Request, Sockets, now
 from vmkernel.kernel.supply import GuestSupply
+from vmkernel.protocol.messages import COMM_TYPES
 
 if TYPE_CHECKING:
     from vmkernel.host.guest import Guest
@@ -29,8 +30,6 @@ log = logging.getLogger("vmkernel")
 PATIENCE = 2.0
 """Seconds that an editor's question waits for a guest that is coming up."""
 
-COMM_TYPES = frozenset(("comm_open", "comm_msg", "comm_close"))
-NO_REPLY = COMM_TYPES
 EXECUTE = "execute_request"
 
 
@@ -102,8 +101,7 @@ class Lane:
     ) -> None:
         self.subshell_id = subshell_id
         self.exchange: Exchange | None = None
-        """The request that is with the guest"""
-        self.current: Request | None = None
+        """The request that is or was with the guest, until it is done with here, too"""
         self.replied = False
         self._owner = owner
         self._queue: deque[Request] = deque()
@@ -116,7 +114,14 @@ class Lane:
         self._worker.add_done_callback(self._ended)
 
     def __repr__(self) -> str:
-        return f"<Lane current={self.current} queued={len(self._queue)}>"
+        request = self.open.request if self.open is not None else None
+        return f"<Lane with_guest={request} queued={len(self._queue)}>"
+
+    @property
+    def open(self) -> Exchange | None:
+        """The request that the guest has and is not done with."""
+        exchange = self.exchange
+        return exchange if exchange is not None and not exchange.done.done() else None
 
     def close(self) -> None:
         """Serve no more."""
@@ -126,13 +131,13 @@ class Lane:
         """The subshell is gone: say so to what it ran and what is queued, and serve no more."""
         self._retired = True
         self._arrived.set()
-        if self.exchange is not None and not self.exchange.done.done():
+        if self.open is not None:
             error = VmGuestError(
                 "The subshell was deleted while it ran this",
                 hint="wait for the end of what a subshell runs, then delete it",
                 code_ran="unknown",
             )
-            self.exchange.done.set_exception(error)
+            self.open.done.set_exception(error)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -148,8 +153,7 @@ class Lane:
 
     def send_comms(self) -> None:
         """While a cell awaits something, it may be a widget: comm messages overtake the queue."""
-        exchange = self.exchange
-        if exchange is None or not exchange.awaiting or exchange.done.done():
+        if self.open is None or not self.open.awaiting:
             return
         guest = self._owner.supply.current
         comms = [request for request in self._queue if request.msg_type in COMM_TYPES]
@@ -164,7 +168,7 @@ class Lane:
         """Interrupt what this lane does; False when it is the guest that runs it."""
         if self._waiting is not None and self._waiting.cancel():
             return True
-        if self.exchange is None or self.exchange.done.done():
+        if self.open is None:
             self._interrupted = True
             return True
         return False
@@ -181,7 +185,7 @@ class Lane:
             # meant for it: let it be heard now, when nothing runs.
             owner.sockets.drain("control")
             request = self._queue.popleft()
-            self.current, self.replied = request, False
+            self.replied = False
             owner.sockets.status("busy", request.raw[0])
             try:
                 await self._serve(request)
@@ -191,7 +195,7 @@ class Lane:
                 log.exception("%r could not be served", request)
                 self._fail(request, local.explain(_unexpected(error)))
             finally:
-                self.current = self.exchange = None
+                self.exchange = None
             owner.sockets.status("idle", request.raw[0])
 
     async def _serve(self, request: Request) -> None:
@@ -237,7 +241,7 @@ class Lane:
         trace.mark("first request for the guest")
         self.exchange = self._owner.send(guest, request, self)
         await self.exchange.done
-        if not self.exchange.replied and request.msg_type not in NO_REPLY:
+        if not self.exchange.replied and request.msg_type not in COMM_TYPES:
             # Nobody may be left waiting, whatever the guest forgot or cannot do.
             error = local.error_content(
                 "NotImplementedError", f"the guest kernel gave no answer to {request.msg_type}", []
@@ -260,7 +264,7 @@ class Lane:
 
     def _reply(self, request: Request, content: Any, metadata: Any = None) -> None:
         self.replied = True
-        if request.msg_type not in NO_REPLY:
+        if request.msg_type not in COMM_TYPES:
             self._owner.reply(request, content, metadata)
 
     def _fail(self, request: Request, error: dict[str, Any]) -> None:

@@ -54,5 +54,4 @@ class Notice:
         if self._text != self._shown:
             padding = " " * max(0, len(self._shown) - len(self._text))
             self._shown = self._text
-            content = {"name": "stderr", "text": f"\r{self._text}{padding}"}
-            self._sockets.publish("stream", content, self._parent)
+            self._sockets.stderr(f"\r{self._text}{padding}", self._parent)

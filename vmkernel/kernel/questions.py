@@ -18,7 +18,6 @@ from vmkernel.protocol import messages
 
 if TYPE_CHECKING:
     from vmkernel.kernel.supply import GuestSupply
-    from vmkernel.settings import Settings
 
 log = logging.getLogger("vmkernel")
 
@@ -38,9 +37,8 @@ class VmRequest(msgspec.Struct, forbid_unknown_fields=True):
 class Questions:
     """Answers the guest's questions."""
 
-    def __init__(self, supply: GuestSupply, settings: Settings) -> None:
+    def __init__(self, supply: GuestSupply) -> None:
         self._supply = supply
-        self._settings = settings
         self._commands: dict[str, tuple[Callable[[list[str]], Awaitable[str]], str]] = {
             "info": (self._info, "what this kernel's virtual machine is"),
             "help": (self._help, "this list"),

@@ -331,6 +331,10 @@ class Sockets:
         """Publish ``busy``, ``idle`` or ``starting``."""
         self.publish("status", {"execution_state": state}, parent)
 
+    def stderr(self, text: str, parent: bytes) -> None:
+        """Show text of our own in the output of the request with header ``parent``."""
+        self.publish("stream", {"name": "stderr", "text": text}, parent)
+
     def close(self) -> None:
         """Send what is queued (for at most a second), then close."""
         sockets, self._sockets = self._sockets, {}

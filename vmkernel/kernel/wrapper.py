@@ -20,11 +20,12 @@ import msgspec
 from vmkernel.errors import VmError, VmGuestError
 from vmkernel.kernel import local
 from vmkernel.kernel.history import History
-from vmkernel.kernel.lane import COMM_TYPES, EXECUTE, Exchange, Lane
+from vmkernel.kernel.lane import EXECUTE, Exchange, Lane
 from vmkernel.kernel.questions import Questions
 from vmkernel.kernel.sockets import Request, Sockets
 from vmkernel.kernel.supply import GuestSupply
 from vmkernel.protocol import messages
+from vmkernel.protocol.messages import COMM_TYPES
 
 if TYPE_CHECKING:
     from vmkernel.host.guest import Guest, KernelDeath
@@ -73,7 +74,6 @@ class Wrapper:
         begun: Started | None,
         failure: VmError | None = None,
     ) -> None:
-        self.settings = settings
         self.sockets = sockets
         self.supply = GuestSupply(settings, kernel_id, begun, self, failure)
         self.history = history
@@ -86,7 +86,7 @@ class Wrapper:
         self._comms: OrderedDict[str, str] = OrderedDict()
         self._meanwhile: OrderedDict[str, bytes] = OrderedDict()
         """Headers of comm messages sent beside a cell, of whose end nothing was said yet"""
-        self._questions = Questions(self.supply, settings)
+        self._questions = Questions(self.supply)
         self._one_control = asyncio.Lock()
         self._interrupting: asyncio.Task[None] | None = None
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -170,8 +170,7 @@ class Wrapper:
             await asyncio.wait([self._interrupting])
         if visible and guest.vm.kernel.connected:
             for line in self._news:
-                content = {"name": "stderr", "text": f"vmkernel: {line}\n"}
-                self.sockets.publish("stream", content, request.raw[0])
+                self.sockets.stderr(f"vmkernel: {line}\n", request.raw[0])
             self._news.clear()
 
     def send(
@@ -304,15 +303,14 @@ class Wrapper:
 
     def _offer_more(self, exchange: Exchange) -> None:
         """Tell who interrupted a cell in vain what else there is."""
-        if exchange.done.done() or exchange.warned or exchange is not self._main.exchange:
+        if exchange.warned or exchange is not self._main.open:
             return
         exchange.warned = True
         text = (
             f"\nvmkernel: the cell still runs {DEAF:g} s after the interrupt. Interrupt it once "
             "more to end the guest kernel: its variables are lost then, the VM's files stay.\n"
         )
-        content = {"name": "stderr", "text": text}
-        self.sockets.publish("stream", content, exchange.request.raw[0])
+        self.sockets.stderr(text, exchange.request.raw[0])
 
     # --- stdin ---
 
@@ -500,10 +498,10 @@ class Wrapper:
 
     def on_kernel_death(self, death: KernelDeath) -> None:
         """The guest kernel ended; the VM and its files are still there."""
+        running = self._main.open
         if self._main.exchange is not None and self._main.exchange.warned:
             death.reason = "The guest kernel was ended, as the cell ignored the first interrupt"
             death.hint = "let the cell end when it gets a KeyboardInterrupt"
-        running = self._main.exchange is not None and not self._main.exchange.done.done()
         error = VmGuestError(
             f"{death.reason}. The variables are lost; the VM's files are still there. "
             "The next cell runs in a new guest kernel",
@@ -513,7 +511,7 @@ class Wrapper:
         if death.output.strip():
             error.message += f"\nIts last words:\n{death.output.strip()}"
         self._fail_exchanges(error)
-        if not running and not self._exit_asked:
+        if running is None and not self._exit_asked:
             self._news.append(
                 f"{death.reason} while no cell ran; this cell runs in a new guest kernel, "
                 "variables are lost, files are still there"
@@ -526,7 +524,7 @@ class Wrapper:
     def on_vm_end(self, error: VmError) -> None:
         """The VM ended by itself."""
         lost = "The VM died and its state is lost: variables and files."
-        running = self._main.exchange is not None and not self._main.exchange.done.done()
+        running = self._main.open
         self._fail_exchanges(
             VmGuestError(
                 f"{lost} {error.message}",
@@ -535,7 +533,7 @@ class Wrapper:
                 code_ran="unknown",
             )
         )
-        if running:
+        if running is not None:
             self._news.append("this cell runs in a new VM; the old one's state is lost")
         else:
             log.error("the VM ended while no cell ran: %s", error.explain())

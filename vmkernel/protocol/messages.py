@@ -201,6 +201,9 @@ class Usage(msgspec.Struct, forbid_unknown_fields=True):
     memory: Memory
 
 
+COMM_TYPES = frozenset(("comm_open", "comm_msg", "comm_close"))
+"""Messages of a front end that have no reply (messaging spec, "custom messages")."""
+
 # --- codecs --------------------------------------------------------------------------
 
 encode_json = msgspec.json.Encoder(decimal_format="number").encode
