@@ -24,7 +24,7 @@ import psutil
 
 from vmkernel.host.capacity import Statistics, vm_slots
 from vmkernel.host.guest import Guest
-from vmkernel.host.manager import Label, VmStart
+from vmkernel.host.start import Label, VmStart
 from vmkernel.protocol import messages
 from vmkernel.settings import Settings, load_settings
 

@@ -30,7 +30,7 @@ def _modules_after(statement: str) -> set[str]:
     "module",
     [
         "vmkernel.settings", "vmkernel.host.capacity", "vmkernel.host.registry",
-        "vmkernel.host.manager", "vmkernel.vm.template", "vmkernel.image.store",
+        "vmkernel.host.start", "vmkernel.vm.template", "vmkernel.image.store",
     ],
 )  # fmt: skip
 def test_the_start_path_imports_nothing_heavy(module):
@@ -60,7 +60,7 @@ def test_an_import_reads_no_configuration():
         "import sys\n"
         "opened = []\n"
         "sys.addaudithook(lambda event, a: opened.append(str(a[0])) if event == 'open' else None)\n"
-        "import vmkernel.settings, vmkernel.host.manager, vmkernel.cli.app\n"
+        "import vmkernel.settings, vmkernel.host.start, vmkernel.cli.app\n"
         "print(*opened, sep='\\n')",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

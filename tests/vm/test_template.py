@@ -23,7 +23,7 @@ import pytest
 import vmkernel
 from vmhost import RunningVm, Sampler, VmHost, seconds_until
 from vmkernel.errors import TemplateError
-from vmkernel.host.manager import spec_for
+from vmkernel.host.start import spec_for
 from vmkernel.settings import Settings
 from vmkernel.vm.template import (
     Spec,
@@ -40,7 +40,7 @@ NOBODY = 65534
 BUILDERS = 3
 BUILD = """
 import asyncio, contextlib, json, time
-from vmkernel.host.manager import spec_for
+from vmkernel.host.start import spec_for
 from vmkernel.settings import load_settings
 from vmkernel.vm.template import ensure_template
 
@@ -177,7 +177,7 @@ class TestKey:
 
         def key() -> str:
             code = (
-                "from vmkernel.host.manager import spec_for\n"
+                "from vmkernel.host.start import spec_for\n"
                 "from vmkernel.settings import load_settings\n"
                 "print(spec_for(load_settings(), 'tcg').key())"
             )

@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from vmhost import RunningVm, VmHost, execute_request
 from vmkernel.host.guest import Guest
-from vmkernel.host.manager import Label, VmStart
+from vmkernel.host.start import Label, VmStart
 from vmkernel.host.waking import wake_request
 from vmkernel.protocol import messages
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 def run_checks() -> list[Check]:
     """Every check, in the order in which a newcomer should mend them."""
-    from vmkernel.host.manager import settings_for_recipe
+    from vmkernel.host.start import settings_for_recipe
 
     checks = [_python()]
     try:
@@ -131,7 +131,7 @@ def _find_image(settings: Settings) -> Image:
 
 
 def _template(settings: Settings) -> Check:
-    from vmkernel.host.manager import spec_for
+    from vmkernel.host.start import spec_for
     from vmkernel.vm.accel import remembered_choice
     from vmkernel.vm.template import find_template, templates_dir
 

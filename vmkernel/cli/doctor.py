@@ -66,7 +66,7 @@ def _start(on_step: Callable[[Step], None]) -> dict[str, Any]:
     """Start a VM; whether that went well, what it was, its steps, or the error for a person."""
     from vmkernel.cli.start_check import check_start
     from vmkernel.errors import VmError
-    from vmkernel.host.manager import settings_for_recipe
+    from vmkernel.host.start import settings_for_recipe
     from vmkernel.settings import load_settings_with_sources
 
     steps: list[Step] = []

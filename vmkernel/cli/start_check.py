@@ -1,6 +1,6 @@
 """``vmkernel doctor --start``: start one VM with these settings, and let it compute something.
 
-The proof behind the other checks: the same staircase (`vmkernel.host.manager`) that a kernel goes
+The proof behind the other checks: the same staircase (`vmkernel.host.start`) that a kernel goes
 up, each step timed. The VM takes a slot like any other, and is ended again. Floor 5.
 """
 
@@ -50,7 +50,7 @@ class _Start:
 
     async def run(self) -> str:
         """Go through the steps; a few words about the VM.  Raises VmError."""
-        from vmkernel.host.manager import Label, VmStart, begin
+        from vmkernel.host.start import Label, VmStart, begin
 
         self._answer = asyncio.get_running_loop().create_future()
         label = Label(_LABEL, _LABEL)

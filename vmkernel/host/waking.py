@@ -2,7 +2,7 @@
 
 Written into a clone's port when its QEMU was only just spawned, so that the guest finds it in the
 instant it runs; written again to each guest kernel that takes the place of a dead one.  Where it
-stands: under ``host.manager`` and ``host.guest``.  No event loop, and light imports: it lies on the
+stands: under ``host.start`` and ``host.guest``.  No event loop, and light imports: it lies on the
 way of a start.
 """
 

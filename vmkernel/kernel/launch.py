@@ -18,7 +18,7 @@ from vmkernel import trace
 from vmkernel.errors import VmError
 
 if TYPE_CHECKING:
-    from vmkernel.host.manager import Started
+    from vmkernel.host.start import Started
     from vmkernel.settings import Settings
 
 USAGE = """\
@@ -66,8 +66,8 @@ def parse_arguments(arguments: list[str]) -> tuple[Path, dict[str, str], list[st
 
 def begin(settings: Settings, kernel_id: str) -> Started | None:
     """Start QEMU now if that is possible; a failure is left for the orderly way to report."""
-    from vmkernel.host.manager import Label
-    from vmkernel.host.manager import begin as begin_vm
+    from vmkernel.host.start import Label
+    from vmkernel.host.start import begin as begin_vm
 
     try:
         return begin_vm(settings, Label(kernel_id, kernel_id))
@@ -91,7 +91,7 @@ def main() -> NoReturn:
     except VmError as error:
         sys.exit(error.explain())
     try:
-        from vmkernel.host.manager import settings_for_recipe
+        from vmkernel.host.start import settings_for_recipe
 
         settings = settings_for_recipe(load_settings_with_sources(overrides))
         trace.mark("settings read")

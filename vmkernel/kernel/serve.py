@@ -17,7 +17,7 @@ from vmkernel.kernel.sockets import Sockets
 from vmkernel.kernel.wrapper import Wrapper
 
 if TYPE_CHECKING:
-    from vmkernel.host.manager import Started
+    from vmkernel.host.start import Started
     from vmkernel.settings import Settings
 
 log = logging.getLogger("vmkernel")
@@ -44,7 +44,7 @@ async def serve(
     except VmError as error:
         log.critical("%s", error.explain())
         if begun is not None:
-            from vmkernel.host.manager import Label, VmStart
+            from vmkernel.host.start import Label, VmStart
 
             await VmStart(settings, Label(), begun).close()
         return 1

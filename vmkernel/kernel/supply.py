@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmkernel.errors import VmError
-from vmkernel.host.manager import Label, Started, VmStart
+from vmkernel.host.start import Label, Started, VmStart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

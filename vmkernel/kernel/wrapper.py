@@ -29,7 +29,7 @@ from vmkernel.protocol.messages import COMM_TYPES
 
 if TYPE_CHECKING:
     from vmkernel.host.guest import Guest, KernelDeath
-    from vmkernel.host.manager import Started
+    from vmkernel.host.start import Started
     from vmkernel.settings import Settings
 
 log = logging.getLogger("vmkernel")

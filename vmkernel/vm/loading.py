@@ -1,6 +1,6 @@
 """Loading a template's state into a clone: asked for while QEMU still starts.
 
-Where it stands: ``host.manager`` asks for it when it has spawned QEMU, ``vm.machine`` waits for it
+Where it stands: ``host.start`` asks for it when it has spawned QEMU, ``vm.machine`` waits for it
 to be done.  The commands lie in the monitor's socket before QEMU looks there for the first time, so
 the load begins without a turn of ours; a wrapper kernel is then importing asyncio.  Three lines of
 QMP need no client (``qemu.qmp``: 20 ms to import, a handshake to wait for); who wants more of this

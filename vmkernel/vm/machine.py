@@ -1,7 +1,7 @@
 """One microVM in the hands of its owner: started, talked to, ended.
 
 Where it stands: ``vm.command`` says how, ``vm.qemu`` starts the process, ``vm.ports`` carry
-the talk; ``vm.template`` boots one to freeze it, ``host.manager`` clones and wakes the
+the talk; ``vm.template`` boots one to freeze it, ``host.start`` clones and wakes the
 rest.  Starting is in two steps, so that QEMU can come up while the wrapper still imports:
 :func:`spawn` needs no event loop, :meth:`Vm.attach` joins one.
 """
