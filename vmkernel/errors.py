@@ -7,11 +7,14 @@ The tree::
     ├── ImageError               an image is missing, damaged or could not be built
     ├── TemplateError            a memory template is damaged or could not be made
     ├── VmNotFoundError          there is no such VM
-    ├── VmAlreadyStartingError   another process is starting this VM (also a BlockingIOError)
+    ├── VmStateError             the VM's state does not allow that
+    │   └── VmAlreadyStartingError   somebody else is starting this VM (also a BlockingIOError)
+    ├── RegistryError            the record of VMs cannot be read or written
     ├── VmCapacityError          no VM slot was free in time
     ├── VmOverlayError           the VM's scratch disk could not be made
     ├── VmBootError              QEMU or the guest did not come up
     └── VmGuestError             a guest that was up died or broke the protocol
+        ├── VmTimeoutError       code took longer than it was given (also a TimeoutError)
         └── ProtocolError        bytes from the peer that no correct peer sends
 
 A foreign exception is wrapped once, where it enters, with ``raise … from``.
@@ -75,8 +78,16 @@ class VmNotFoundError(VmError):
     """No VM has this id."""
 
 
-class VmAlreadyStartingError(VmError, BlockingIOError):
-    """Another process holds this VM's start lock."""
+class VmStateError(VmError):
+    """The VM is in a state that does not allow what was asked: it runs, or it does not."""
+
+
+class VmAlreadyStartingError(VmStateError, BlockingIOError):
+    """Somebody holds this VM's start lock; the message names the VM and the holder's pid."""
+
+
+class RegistryError(VmError):
+    """The record of VMs (an SQLite database) cannot be read or written, or stayed locked."""
 
 
 class VmCapacityError(VmError):
@@ -93,6 +104,11 @@ class VmBootError(VmError):
 
 class VmGuestError(VmError):
     """A guest that was up died, or does not answer."""
+
+
+class VmTimeoutError(VmGuestError, TimeoutError):
+    """Code took longer than its time limit; its VM was destroyed.  What it had put out is lost
+    unless ``on_output`` saw it."""
 
 
 class ProtocolError(VmGuestError):

@@ -29,6 +29,8 @@ from vmkernel.values import (
     count,
     duration,
     optional_duration,
+    optional_percent,
+    optional_time,
     program,
     recipe_name,
     size,
@@ -82,6 +84,28 @@ FIELDS: dict[str, Field] = {
         "64M to 64T; a plain number is MiB",
         "Size of a VM's disk for all that is written in it; sparse, gone with the VM.",
     ),
+    "cpu_quota": Field(
+        optional_percent,
+        "per cent of one processor, like 50%, or none",
+        "The most processor time that one VM may take, all its threads together. Where the host "
+        "has no systemd with cgroup v2 to hold it to that, the VM gets low priority instead "
+        "(`vmkernel doctor` says which).",
+    ),
+    "lifetime": Field(
+        optional_time,
+        "seconds above 0, a number with s, m or h, or none",
+        "How long a VM may live; then it is ended, whatever it does.",
+    ),
+    "idle_timeout": Field(
+        optional_time,
+        "seconds above 0, a number with s, m or h, or none",
+        "How long a VM may have nothing to do; then it is ended, and its slot is free.",
+    ),
+    "max_output": Field(
+        size(1, 1024),
+        "1M to 1G; a plain number is MiB",
+        "How much of one run's output a `RunResult` keeps.",
+    ),
     "accelerator": Field(
         choice("auto", "kvm", "tcg"),
         "auto, kvm or tcg",
@@ -129,6 +153,14 @@ FIELDS: dict[str, Field] = {
         absolute_path, _ABSOLUTE, "Where memory templates and remembered verdicts lie."
     ),
     "state_dir": Field(absolute_path, _ABSOLUTE, "Logs: each VM's console, QEMU's own words."),
+    "database_file": Field(
+        absolute_path,
+        _ABSOLUTE,
+        "The record of VMs, an SQLite database (WAL: not on a network file system).",
+    ),
+    "database_timeout": Field(
+        duration, _DURATION, "How long to wait for the record while other processes write to it."
+    ),
     "history": Field(
         switch,
         "on or off",
@@ -160,6 +192,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     memory: int = 2048
     vcpus: int = 1
     scratch_size: int = 8192
+    cpu_quota: int | None = None
+    lifetime: float | None = None
+    idle_timeout: float | None = None
+    max_output: int = 16
     accelerator: Accelerator = "auto"
     outputs: OutputPolicy = "trusted"
     max_concurrent_vms: int = msgspec.field(default_factory=lambda: default_vm_limit())  # noqa: PLW0108 - defined below
@@ -176,6 +212,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         default_factory=lambda: default_dir("runtime_dir", os.environ)
     )
     state_dir: Path = msgspec.field(default_factory=lambda: default_dir("state_dir", os.environ))
+    database_file: Path = _IN_ITS_DIR
+    database_timeout: float = 5.0
     history: Switch = "on"
     history_file: Path = _IN_ITS_DIR
     log_level: str = "warning"
@@ -184,10 +222,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         """Check what was handed in directly, by the same rules as what was read."""
         for name, field in FIELDS.items():
             value = getattr(self, name)
-            if name == "semaphore_file" and value == _IN_ITS_DIR:
-                value = self.runtime_dir / "slots"
-            elif name == "history_file" and value == _IN_ITS_DIR:
-                value = self.state_dir / "history.sqlite"
+            if value == _IN_ITS_DIR:
+                value = {
+                    "semaphore_file": self.runtime_dir / "slots",
+                    "database_file": self.state_dir / "vms.sqlite",
+                    "history_file": self.state_dir / "history.sqlite",
+                }[name]
             msgspec.structs.force_setattr(self, name, _parse(name, field, value, "the program"))
 
 

@@ -77,6 +77,14 @@ def optional_duration(value: object) -> float | None:
     return seconds
 
 
+def optional_percent(value: object) -> int | None:
+    """Per cent of one processor from 1 to 6400, ``50`` or ``"50%"``; None for "none"."""
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return None
+    text = value.strip().removesuffix("%") if isinstance(value, str) else value
+    return count(1, 6400)(text)
+
+
 def count(lowest: int, highest: int) -> Callable[[object], int]:
     """A parser of whole numbers from *lowest* to *highest*."""
 
@@ -88,6 +96,14 @@ def count(lowest: int, highest: int) -> Callable[[object], int]:
         return _in_range(int(value), lowest, highest)
 
     return parse
+
+
+def optional_time(value: object) -> float | None:
+    """Seconds above 0, or None for "none": no limit."""
+    seconds = optional_duration(value)
+    if seconds == 0:
+        raise ValueError("out of range")
+    return seconds
 
 
 def _in_range(number: int, lowest: int, highest: int) -> int:

@@ -44,10 +44,12 @@ _DEFAULTS_IN_WORDS = {
     "images_dir": "`$XDG_DATA_HOME/vmkernel/images` (`~/.local/share/…`)",
     "cache_dir": "`$XDG_CACHE_HOME/vmkernel` (`~/.cache/…`)",
     "runtime_dir": "`$XDG_RUNTIME_DIR/vmkernel`, or `/tmp/vmkernel-<uid>`",
+    "database_file": "`<state_dir>/vms.sqlite`",
     "history_file": "`<state_dir>/history.sqlite`",
     "state_dir": "`$XDG_STATE_HOME/vmkernel` (`~/.local/state/…`)",
 }
 _UNITS = {"memory": " MiB", "scratch_size": " MiB", "console_log_size": " MiB",
+          "max_output": " MiB", "database_timeout": " s",
           "start_timeout": " s", "boot_timeout": " s"}  # fmt: skip
 
 
