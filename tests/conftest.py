@@ -30,6 +30,11 @@ _LEFT = pytest.StashKey[list[str]]()
 _KEPT = {"VMKERNEL_IMAGES_DIR", "VMKERNEL_CACHE_DIR", "VMKERNEL_QEMU", "VMKERNEL_ACCELERATOR"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--full``: the counts that an issue promises, where the suite runs fewer."""
+    parser.addoption("--full", action="store_true", help="stress tests in full (about an hour)")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Turn the environment to the session's own directory, before any test module is imported."""
     # A short path: a Unix socket's path has 107 bytes at most. Its parent is not pytest's own
@@ -110,6 +115,16 @@ def _logs_since(state_dir: Path, moment: float) -> list[Path]:
 def session_dir(pytestconfig: pytest.Config) -> Path:
     """The session's own directory."""
     return pytestconfig.stash[_SESSION_DIR]
+
+
+@pytest.fixture
+def rounds(pytestconfig: pytest.Config) -> Callable[..., int]:
+    """``rounds(quick=20, full=200)``: how often to do what is done many times."""
+
+    def choose(*, quick: int, full: int) -> int:
+        return full if pytestconfig.getoption("--full") else quick
+
+    return choose
 
 
 @pytest.fixture

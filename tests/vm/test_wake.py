@@ -159,7 +159,7 @@ class TestFailClosed:
         self, host: VmHost, monkeypatch: pytest.MonkeyPatch
     ) -> AsyncGenerator[Asleep, None]:
         """A clone whose state is loaded, and that runs, but was not woken."""
-        monkeypatch.setattr("vmkernel.host.waking.write_ahead", lambda sock: None)
+        monkeypatch.setattr("vmkernel.host.waking.write_ahead", lambda sock, env: None)
         asleep = Asleep(host)
         await asleep.bring_up()
         yield asleep
@@ -199,6 +199,7 @@ class Asleep:
         started = await self.start._start(lambda text: None)
         self.guest = self.start._guest = Guest(
             started.spawned,
+            {},
             on_output=lambda message, buffers: self.outputs.append(message),
             on_kernel_death=lambda death: None,
             on_end=lambda error: None,
@@ -208,7 +209,7 @@ class Asleep:
 
     async def wake(self) -> None:
         """The wake-up that was held back."""
-        self.guest.send(wake_request())
+        self.guest.send(wake_request({}))
         await self.guest.wake(60)
 
     async def serve(self, request: messages.ToGuest) -> None:

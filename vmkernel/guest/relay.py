@@ -250,9 +250,12 @@ class Relay:
                 del self._open[forgotten]
 
     def _wake(self, request: messages.ToGuest) -> None:
-        if self._awake:
-            return
         content = messages.decode(bytes(request.content), messages.WakeKernel)
+        if self._awake and not self._recipe.wake_code:
+            why = "a kernel without wake_code takes its environment only when it starts"
+            reply = messages.encode_json({"status": "error", "evalue": why})
+            self._say("control", "wake_reply", request.msg_id, reply)
+            return
         cwd = content.cwd if os.path.isdir(content.cwd) else os.getcwd()
         if self._kernel is not None:
             self._run_wake_code(content.entropy, content.env, cwd)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -33,12 +33,17 @@ class KernelDeath(msgspec.Struct):
     reason: str
     hint: str
     output: str
-    asked_for: bool
-    """It ended with status 0, as after ``exit()``."""
+    exit_code: int
+    """Its exit status, or 128 + the signal that killed it, as a shell tells it."""
+
+    @property
+    def asked_for(self) -> bool:
+        """Whether it ended with status 0, as after ``exit()``."""
+        return self.exit_code == 0
 
 
 class Guest:
-    """One VM and its guest kernel.
+    """One VM and its guest kernel, whose environment has ``env`` besides what the image gives it.
 
     ``on_output(message, buffers)``: an answer or output.  ``on_kernel_death(death)``: the guest
     kernel is gone, the VM is not; see :meth:`restart_kernel`.  ``on_end(error)``: the VM is
@@ -48,6 +53,7 @@ class Guest:
     def __init__(
         self,
         spawned: Spawned,
+        env: Mapping[str, str],
         *,
         on_output: OnOutput,
         on_kernel_death: Callable[[KernelDeath], None],
@@ -56,6 +62,7 @@ class Guest:
         self.vm = Vm(
             spawned, on_event=self._on_event, on_message=self._on_message, on_end=self._on_vm_end
         )
+        self._env = dict(env)
         self._on_output = on_output
         self._on_kernel_death = on_kernel_death
         self._on_end = on_end
@@ -124,7 +131,17 @@ class Guest:
                 f"a new guest kernel was not ready within {timeout:g} s",
                 hint="restart the kernel",
             ) from error
-        self.send(wake_request())
+        self.send(wake_request(self._env))
+        await self._kernel_woken(timeout)
+
+    async def set_environment(self, env: Mapping[str, str], timeout: float) -> None:
+        """Add to the environment of a guest kernel that is awake and has nothing to do.
+
+        Raises VmGuestError, also when this kind of kernel takes an environment only at its start.
+        """
+        self._env.update(env)
+        self._woken = asyncio.get_running_loop().create_future()
+        self.send(wake_request(self._env))
         await self._kernel_woken(timeout)
 
     async def close(self) -> None:
@@ -137,7 +154,9 @@ class Guest:
     def _on_message(self, body: memoryview, buffers: list[memoryview]) -> None:
         message = messages.decode(body, messages.FromGuest)
         if message.msg_type == "wake_reply":
-            if not self._woken.done():
+            if message.content.get("status") != "ok":
+                self._fail(VmGuestError(f"the guest kernel: {message.content.get('evalue')}"))
+            elif not self._woken.done():
                 self._woken.set_result(None)
         elif self._woken.done():
             self._on_output(message, buffers)
@@ -181,7 +200,7 @@ def explain_death(event: messages.KernelDied) -> KernelDeath:
             "The guest ran out of memory, and its kernel was killed",
             "use less memory, or give the VM more: VMKERNEL_MEMORY, or --memory in the kernelspec",
             event.output,
-            False,
+            128 + signal.SIGKILL,
         )
     if event.signal is not None:
         try:
@@ -194,11 +213,11 @@ def explain_death(event: messages.KernelDied) -> KernelDeath:
             if name in ("SIGSEGV", "SIGBUS", "SIGABRT")
             else "look for what the code did to its own process",
             event.output,
-            False,
+            128 + event.signal,
         )
     return KernelDeath(
         f"The guest kernel ended with exit status {event.exit_code}",
         "the code called os._exit, or exited in some other hard way",
         event.output,
-        event.exit_code == 0,
+        event.exit_code or 0,
     )

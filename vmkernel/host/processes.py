@@ -114,3 +114,13 @@ def kill(identity: ProcessIdentity, *, wait: float = 1.0) -> bool:
         return bool(poll.poll(wait * 1000))
     finally:
         os.close(pidfd)
+
+
+def tag_of(database_file: Path) -> str:
+    """Eight hexadecimal digits in the ``-name`` of every QEMU that this record of VMs is about.
+
+    By it a VM is found in the process table when it is not on record (yet, or any more).
+    """
+    import hashlib
+
+    return hashlib.sha256(os.fsencode(database_file.resolve())).hexdigest()[:8]

@@ -231,7 +231,7 @@ def _strays(directory: Path) -> list[ProcessIdentity]:
     return [
         identity
         for pid in processes.own_processes()
-        if any(word == name or below in word for word in processes.arguments(pid))
+        if any(word.split(".")[0] == name or below in word for word in processes.arguments(pid))
         and (identity := processes.identify(pid))
     ]
 

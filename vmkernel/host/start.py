@@ -22,6 +22,7 @@ from vmkernel import trace
 from vmkernel.errors import ImageError, VmBootError, VmError
 from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
+from vmkernel.host.processes import tag_of
 from vmkernel.vm import accel
 from vmkernel.vm.machine import Spawned, spawn
 from vmkernel.vm.qemu import find_qemu
@@ -40,10 +41,14 @@ Progress = Callable[[str], None]
 
 
 class Label(msgspec.Struct, frozen=True):
-    """Whose VM it is, for the record."""
+    """Whose VM it is, for the record, and what its guest is told of its owner."""
 
     kernel_id: str = ""
     connection_file: str = ""
+    vm_id: str = ""
+    """A VM that is on record already; "" for one that is not."""
+    env: dict[str, str] | None = None
+    """Added to the guest kernel's environment; None: what a notebook gets of ours."""
 
 
 class Started(msgspec.Struct):
@@ -85,9 +90,10 @@ def spec_for(settings: Settings, accelerator: Accelerator) -> Spec:
     )
 
 
-def begin(settings: Settings, label: Label) -> Started | None:
+def begin(settings: Settings, label: Label, slot: Slot | None = None) -> Started | None:
     """Start a clone at once, if nothing has to be waited for; else None.  Needs no event loop.
 
+    With ``slot`` in that, or (left as it is when nothing could be begun) with one that is free.
     From the main thread.  Raises VmError for what waiting would not mend.
     """
     choice = accel.remembered_choice(settings)
@@ -97,20 +103,20 @@ def begin(settings: Settings, label: Label) -> Started | None:
     template = find_template(spec, settings)
     if template is None:
         return None
-    slot = _slots(settings).acquire_nowait(label=label.kernel_id)
+    slot = slot or shared_slots(settings).acquire_nowait(label=label.kernel_id)
     if slot is None:
         return None
     with slot:
         record = _new_record(settings, label)
         try:
-            return _spawn_clone(settings, spec, template, record, slot)
+            return _spawn_clone(settings, spec, template, record, slot, label)
         except BaseException:
             registry.remove_vm(settings, record.vm_id)
             _remove_tree(log_dir(settings, record.vm_id))  # the next attempt has its own
             raise
 
 
-def _slots(settings: Settings) -> Semaphore:
+def shared_slots(settings: Settings) -> Semaphore:
     """The process's one view of the semaphore file: it remembers a file that was replaced."""
     key = (settings.semaphore_file, settings.max_concurrent_vms)
     if key not in _semaphores:
@@ -124,7 +130,14 @@ _semaphores: dict[tuple[Path, int], Semaphore] = {}
 class VmStart:
     """One VM on its way up, and its end: ``start.guest(…)``, later ``start.close()``."""
 
-    def __init__(self, settings: Settings, label: Label, begun: Started | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        label: Label,
+        begun: Started | None = None,
+        slot: Slot | None = None,
+    ) -> None:
+        """``begun``: by :func:`begin`.  ``slot``: it has one already and need not queue."""
         self.settings = settings
         self.label = label
         self.warning: str | None = None
@@ -134,6 +147,7 @@ class VmStart:
         self.record: registry.VmRecord | None = None
         """What is known of the VM once QEMU was started"""
         self._begun = begun
+        self._slot = slot
         self._guest: Guest | None = None
 
     async def guest(
@@ -162,6 +176,7 @@ class VmStart:
             self.accelerator = started.spawned.machine.accelerator
             guest = self._guest = Guest(
                 started.spawned,
+                environment(self.label),
                 on_output=on_output,
                 on_kernel_death=on_kernel_death,
                 on_end=end,
@@ -235,11 +250,13 @@ class VmStart:
         self.vm_id = record.vm_id
         waiting = msgspec.structs.replace(record, state=registry.VmState.WAITING)
         registry.write_record(settings, waiting)
-        slot = await _slots(settings).acquire(
-            on_wait=lambda place: progress(place.text),
-            timeout=settings.queue_timeout,
-            label=self.label.kernel_id,
-        )
+        slot, self._slot = self._slot, None
+        if slot is None:
+            slot = await shared_slots(settings).acquire(
+                on_wait=lambda place: progress(place.text),
+                timeout=settings.queue_timeout,
+                label=self.label.kernel_id,
+            )
         with slot:
             registry.write_record(settings, msgspec.structs.replace(record, slot=slot.index))
             choice = accel.remembered_choice(settings)
@@ -259,7 +276,7 @@ class VmStart:
                     _BootSlot(settings, progress),
                 )
             progress("starting the VM")
-            return _spawn_clone(settings, spec, template, record, slot)
+            return _spawn_clone(settings, spec, template, record, slot, self.label)
 
     async def _explain(self, error: VmError) -> VmError:
         """The error; with QEMU's state, its last words and the log's place, if they are missing."""
@@ -296,6 +313,15 @@ class _BootSlot:
     async def __aexit__(self, *failure: object) -> None:
         assert self._slot is not None
         self._slot.release()
+
+
+def environment(label: Label) -> dict[str, str]:
+    """What is added to the environment of this VM's guest kernel."""
+    if label.env is not None:
+        return label.env
+    from vmkernel.host.waking import guest_environment
+
+    return guest_environment()
 
 
 def log_dir(settings: Settings, vm_id: str) -> Path:
@@ -345,12 +371,17 @@ def _new_record(settings: Settings, label: Label) -> registry.VmRecord:
 
 
 def _spawn_clone(
-    settings: Settings, spec: Spec, template: Template, record: registry.VmRecord, slot: Slot
+    settings: Settings,
+    spec: Spec,
+    template: Template,
+    record: registry.VmRecord,
+    slot: Slot,
+    label: Label,
 ) -> Started:
     """Start QEMU; it takes the slot over.  Raises VmOverlayError, VmBootError, TemplateError."""
     directory = log_dir(settings, record.vm_id)
     try:
-        directory.mkdir(mode=0o700, parents=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # a runner's log may be in it
     except OSError as error:
         raise VmBootError(
             f"the directory for the VM's logs, {directory}, could not be made: {error}",
@@ -360,8 +391,9 @@ def _spawn_clone(
     state = -1
     try:
         state = template.open_state()
+        machine = template.machine(spec, record.vm_id, scratch)
         spawned = spawn(
-            template.machine(spec, record.vm_id, scratch),
+            msgspec.structs.replace(machine, tag=tag_of(settings.database_file)),
             directory,
             keep_fds=(slot.fd, state),
         )
@@ -381,7 +413,7 @@ def _spawn_clone(
         request_load(spawned.monitor, state)
         from vmkernel.host.waking import write_ahead
 
-        write_ahead(spawned.kernel)
+        write_ahead(spawned.kernel, environment(label))
         from vmkernel.host.processes import identify
 
         qemu = identify(spawned.process.pid)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,15 +22,15 @@ from vmkernel.protocol import frames, messages
 _PASSED = ("JPY_SESSION_NAME", "IPYKERNEL_CELL_NAME", "COLUMNS", "LINES", "MPLBACKEND", "TZ")
 
 
-def write_ahead(sock: socket.socket) -> None:
+def write_ahead(sock: socket.socket, env: Mapping[str, str]) -> None:
     """Put a wake-up into the port of a clone that is not there yet."""
     with suppress(OSError):  # QEMU ended at once: whoever waits for the clone finds that out
-        sock.sendall(b"".join(frames.encode(messages.encode_json(wake_request()))))
+        sock.sendall(b"".join(frames.encode(messages.encode_json(wake_request(env)))))
 
 
-def wake_request() -> messages.ToGuest:
-    """A wake-up with fresh entropy and this process's environment."""
-    content = messages.WakeKernel(entropy=os.urandom(64), env=guest_environment(), cwd="")
+def wake_request(env: Mapping[str, str]) -> messages.ToGuest:
+    """A wake-up with fresh entropy; ``env`` is added to the guest kernel's environment."""
+    content = messages.WakeKernel(entropy=os.urandom(64), env=dict(env), cwd="")
     return messages.ToGuest(
         "control",
         "wake",

@@ -49,7 +49,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     vm_id: str
-    """Shown by ``ps`` as QEMU's ``-name``."""
+    """Shown by ``ps`` as part of QEMU's ``-name``."""
+    tag: str = ""
+    """Tells VMs of one record of VMs from those of others; part of QEMU's ``-name``, too."""
     qemu: str
     """Absolute path of the QEMU binary."""
     accelerator: Accelerator
@@ -144,7 +146,8 @@ def kernel_cmdline(accelerator: Accelerator, tsc_khz: int, extra: str = "") -> s
 def qemu_argv(machine: Machine) -> list[str]:
     """The whole command line, the binary first. Same machine, same list."""
     m = machine
-    argv = [m.qemu, "-name", f"vmkernel-{m.vm_id}", "-nodefaults", "-no-user-config"]
+    name = f"vmkernel-{m.vm_id}.{m.tag}" if m.tag else f"vmkernel-{m.vm_id}"
+    argv = [m.qemu, "-name", name, "-nodefaults", "-no-user-config"]
     argv += ["-display", "none", "-msg", "timestamp=on"]
     # A guest that reboots or shuts down has ended its VM.
     argv += ["-no-reboot", "-sandbox", SANDBOX]
@@ -183,6 +186,7 @@ def machine_fingerprint(machine: Machine) -> str:
     neutral = msgspec.structs.replace(
         machine,
         vm_id="ID",
+        tag="",
         qemu="QEMU",
         kernel="KERNEL",
         initrd="INITRD",

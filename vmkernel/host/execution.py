@@ -1,0 +1,230 @@
+"""Running code in a guest, one piece after another: from a request to its last output.
+
+Where it stands: over ``host.guest``, under ``host.runner``.  A notebook's wrapper does the same for
+Jupyter's messages, with queues and rules of its own (``kernel.lane``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from vmkernel.errors import VmError, VmGuestError, VmTimeoutError
+from vmkernel.host.wire import InputRequest, Output, RunEnd
+from vmkernel.protocol import messages
+
+if TYPE_CHECKING:
+    from vmkernel.host.guest import Guest, KernelDeath
+
+SHOWN = frozenset(
+    "stream display_data update_display_data execute_result clear_output error".split()
+)
+"""Messages of iopub that are a run's output."""
+INTERRUPT_PATIENCE = 5.0
+"""Seconds that cancelled code has to end before its guest kernel is ended."""
+
+Emit = Callable[[Output | InputRequest], None]
+
+
+class _Run:
+    def __init__(self, emit: Emit, done: asyncio.Future[RunEnd]) -> None:
+        self.msg_id = uuid.uuid4().hex
+        self.emit = emit
+        self.done = done
+        self.began = time.monotonic()
+        self.reply: dict[str, Any] | None = None
+        self.asked = False
+
+
+class Executor:
+    """Runs code in ``guest``, in order of arrival.
+
+    Hand its ``on_output``, ``on_kernel_death`` and ``on_end`` to the guest.
+    """
+
+    def __init__(self, boot_timeout: float) -> None:
+        self._boot_timeout = boot_timeout
+        self._guest: Guest | None = None
+        self._lock = asyncio.Lock()
+        self._current: _Run | None = None
+        self._replacing: asyncio.Task[None] | None = None
+        self._ended: VmError | None = None
+
+    def attach(self, guest: Guest) -> None:
+        """The guest is awake: it may be used."""
+        self._guest = guest
+
+    @property
+    def busy(self) -> bool:
+        """Whether code runs or waits to."""
+        return self._lock.locked()
+
+    async def run(
+        self,
+        code: str,
+        emit: Emit,
+        *,
+        timeout: float | None = None,
+        env: Mapping[str, str] | None = None,
+        allow_stdin: bool = False,
+    ) -> RunEnd:
+        """Run ``code`` when what came before is done; ``emit`` hears its outputs.
+
+        Cancelling it interrupts the code.  Raises VmTimeoutError when it takes longer than
+        ``timeout`` seconds (the VM is then of no use: end it), VmGuestError when the VM ends.
+        """
+        async with self._lock:
+            if self._replacing is not None:
+                await asyncio.shield(self._replacing)
+            guest = self._guest
+            if self._ended is not None or guest is None:
+                raise self._ended or VmGuestError("the VM is not up", hint="start it first")
+            if env:
+                await guest.set_environment(env, self._boot_timeout)
+            run = _Run(emit, asyncio.get_running_loop().create_future())
+            self._current = run
+            guest.send(execute_request(run.msg_id, code, allow_stdin))
+            try:
+                async with asyncio.timeout(timeout):
+                    return await asyncio.shield(run.done)
+            except TimeoutError:
+                raise VmTimeoutError(
+                    f"the code took longer than its time limit of {timeout:g} s; "
+                    "its VM was destroyed",
+                    hint="give it more time (timeout=…), or less to do",
+                    code_ran="unknown",
+                ) from None
+            except asyncio.CancelledError:
+                run.emit = lambda event: None  # nobody listens any more
+                await self._make_it_end(guest, run)
+                raise
+            finally:
+                self._current = None
+
+    def answer(self, value: str) -> None:
+        """What was typed for the running code's input()."""
+        run, guest = self._current, self._guest
+        if run is not None and run.asked and guest is not None:
+            run.asked = False
+            guest.send(_request("stdin", run.msg_id, "input_reply", {"value": value}))
+
+    async def interrupt(self, *, kill: bool = False) -> None:
+        """Interrupt the running code; without any, do nothing.  Raises VmGuestError."""
+        if self._current is not None and self._guest is not None:
+            await self._guest.interrupt(kill=kill)
+
+    async def _make_it_end(self, guest: Guest, run: _Run) -> None:
+        """Interrupt code that nobody waits for, so that the next one gets its turn."""
+        for kill in (False, True):
+            try:
+                await guest.interrupt(kill=kill)
+                async with asyncio.timeout(INTERRUPT_PATIENCE):
+                    await asyncio.shield(run.done)
+                return
+            except (TimeoutError, VmError):
+                continue
+
+    # --- from the guest ---
+
+    def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> None:
+        """The guest kernel sent a message."""
+        run = self._current
+        if run is None or message.parent_id != run.msg_id or run.done.done():
+            return  # of a thread that code left behind: it belongs to no run
+        if message.channel == "stdin" and message.msg_type == "input_request":
+            run.asked = True
+            content = message.content
+            run.emit(InputRequest(str(content.get("prompt", "")), content.get("password") is True))
+        elif message.msg_type == "execute_reply":
+            run.reply = message.content
+        elif message.msg_type in SHOWN:
+            run.emit(Output(message.msg_type, message.content, message.metadata))
+        elif message.msg_type == "status":
+            run.done.set_result(_end_of(run))
+
+    def on_kernel_death(self, death: KernelDeath) -> None:
+        """The guest kernel ended: what ran has ended with it; the VM gets another one."""
+        run = self._current
+        if run is not None and not run.done.done():
+            if death.output:
+                run.emit(Output("stream", {"name": "stderr", "text": death.output}, {}))
+            if death.asked_for and run.reply is not None:
+                run.done.set_result(_end_of(run))
+            else:
+                run.done.set_result(
+                    RunEnd(
+                        death.exit_code,
+                        time.monotonic() - run.began,
+                        ("GuestKernelDied", f"{death.reason} ({death.hint})", []),
+                    )
+                )
+        self._replacing = asyncio.ensure_future(self._replace())
+
+    def on_end(self, error: VmError) -> None:
+        """The VM ended."""
+        self._ended = error
+        run = self._current
+        if run is not None and not run.done.done():
+            error.code_ran = "unknown"
+            run.done.set_exception(error)
+            run.done.exception()  # seen: its waiter may be gone
+
+    async def _replace(self) -> None:
+        assert self._guest is not None
+        try:
+            await self._guest.restart_kernel(self._boot_timeout)
+        except VmError as error:
+            self._ended = self._ended or error
+        finally:
+            self._replacing = None
+
+
+def execute_request(msg_id: str, code: str, allow_stdin: bool = False) -> messages.ToGuest:
+    """Code on its way to the guest kernel (messaging specification, "Execute")."""
+    content = {
+        "code": code,
+        "silent": False,
+        "store_history": True,
+        "user_expressions": {},
+        "allow_stdin": allow_stdin,
+        "stop_on_error": True,
+    }
+    return _request("shell", msg_id, "execute_request", content)
+
+
+def _request(channel: Any, msg_id: str, msg_type: str, content: dict[str, Any]) -> messages.ToGuest:
+    header = {"msg_id": msg_id, "msg_type": msg_type, "session": "vmkernel", "username": ""}
+    raw = (msgspec.Raw(messages.encode_json(value)) for value in (header, {}, content))
+    return messages.ToGuest(channel, msg_id, msg_type, *raw)
+
+
+def _end_of(run: _Run) -> RunEnd:
+    duration = time.monotonic() - run.began
+    reply = run.reply or {}
+    if reply.get("status") != "error":
+        return RunEnd(0, duration)
+    name, value = str(reply.get("ename", "")), str(reply.get("evalue", ""))
+    lines = reply.get("traceback")
+    traceback = [str(line) for line in lines] if isinstance(lines, list) else []
+    return RunEnd(exit_code_of(name, value), duration, (name, value, traceback))
+
+
+def exit_code_of(name: str, value: str) -> int:
+    """What a process that fails with this exception ends with (library reference, ``sys.exit``)."""
+    if name == "SystemExit":
+        if value in ("", "None"):
+            return 0
+        if value in ("True", "False"):
+            return int(value == "True")
+        try:
+            return int(value) & 0xFF
+        except ValueError:
+            return 1
+    if name == "KeyboardInterrupt":
+        return 130
+    return 1
