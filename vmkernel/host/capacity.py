@@ -43,10 +43,10 @@ if TYPE_CHECKING:
     from vmkernel.settings import Settings
 
 POLL_SECONDS = 1.0  # the safety net under inotify
-_POLL_ALONE_SECONDS = 0.1  # when inotify is not to be had
+POLL_ALONE_SECONDS = 0.1  # when inotify is not to be had
 # After a close, look again soon: inotify tells it before the kernel drops the locks (40 µs here,
 # or as long as the dying process does not get the processor back).
-_AGAIN_SECONDS = (0.0, 0.001, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
+AGAIN_SECONDS = (0.0, 0.001, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256)
 # Each close wakes every waiter, of which one gets a slot; the others count queue and slots (tens of
 # system calls) no more often than this.
 _COUNT_SECONDS = 0.2
@@ -207,7 +207,7 @@ class Semaphore:
         loop = asyncio.get_running_loop()
         deadline = None if timeout is None else loop.time() + timeout
         with self._watch(loop) as watch, contextlib.closing(_Waiter(self)) as waiter:
-            again = len(_AGAIN_SECONDS)
+            again = len(AGAIN_SECONDS)
             told = None
             while True:
                 # Watch before looking: what happens after the look then wakes the sleep.
@@ -224,9 +224,9 @@ class Semaphore:
                     on_wait(place)
                 if deadline is not None and now >= deadline:
                     raise self._too_late(timeout or 0.0, place)
-                pause = POLL_SECONDS if watched else _POLL_ALONE_SECONDS
-                if again < len(_AGAIN_SECONDS) and place.ahead <= 1:
-                    pause = _AGAIN_SECONDS[again]
+                pause = POLL_SECONDS if watched else POLL_ALONE_SECONDS
+                if again < len(AGAIN_SECONDS) and place.ahead <= 1:
+                    pause = AGAIN_SECONDS[again]
                 elif not waiter.counted:
                     pause = _COUNT_SECONDS
                 if deadline is not None:
@@ -248,6 +248,13 @@ class Semaphore:
                 pid = file.taker(index)
                 found.append(Holder(index, pid, "" if pid is None else self._name(pid)))
         return found
+
+    def follow(self, watch: FileWatch) -> bool:
+        """Let ``watch`` tell of this semaphore's file; to be asked before each look at it.
+
+        False when the file cannot be watched; VmCapacityError when it cannot be used.
+        """
+        return watch.follow(self._current().fileno())
 
     def check(self) -> None:
         """Prove that slots can be taken (file, permission, locks); VmCapacityError if not."""

@@ -17,12 +17,17 @@ import threading
 # What may mean a free slot, or another file under the path (unlinked, renamed away).
 _MASK = 0x00000008 | 0x00000004 | 0x00000400 | 0x00000800
 #       IN_CLOSE_WRITE IN_ATTRIB  IN_DELETE_SELF IN_MOVE_SELF
+_OPEN = 0x00000020  # IN_OPEN: each slot and each place in the queue has a descriptor of its own
 
 
 class FileWatch:
-    """One inotify instance on the running loop, shared by its waiters; ``close`` it at the end."""
+    """One inotify instance on the running loop, shared by its waiters; ``close`` it at the end.
 
-    def __init__(self) -> None:
+    ``arrivals``: be told of who comes, too, not only of who goes.
+    """
+
+    def __init__(self, *, arrivals: bool = False) -> None:
+        self._mask = _MASK | (_OPEN if arrivals else 0)
         self._loop = asyncio.get_running_loop()
         self._sleepers: set[asyncio.Future[bool]] = set()
         self._libc = ctypes.CDLL(None, use_errno=True)
@@ -36,7 +41,7 @@ class FileWatch:
         # By /proc: a path may lead to another file by now. Adding an inode twice is harmless.
         path = f"/proc/self/fd/{descriptor}".encode()
         return self._descriptor >= 0 and (
-            self._libc.inotify_add_watch(self._descriptor, path, _MASK) >= 0
+            self._libc.inotify_add_watch(self._descriptor, path, self._mask) >= 0
         )
 
     async def sleep(self, seconds: float) -> bool:
@@ -66,6 +71,10 @@ class FileWatch:
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._descriptor, 65536)  # which event it was does not matter
+        self.wake()
+
+    def wake(self) -> None:
+        """End every sleep, as if something had happened to the file."""
         for sleeper in self._sleepers:
             _set(sleeper, True)
 

@@ -154,7 +154,8 @@ class Pool(Generic[M]):
         for member in end:
             self.leaving(member)
         missing = self.size - self.count(Place.IDLE) - self.count(Place.STARTING)
-        room = min(missing, free, MAX_STARTING - self.count(Place.STARTING))
+        begun = self.count(Place.STARTING)  # some of which may not have taken their slot yet
+        room = min(missing, free - begun, MAX_STARTING - begun)
         start = max(0, room) if not waiting and now >= self._not_before else 0
         return Decision(start, end, self._look_again(now, missing > 0 and not waiting))
 
