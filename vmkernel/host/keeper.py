@@ -16,6 +16,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 from vmkernel.errors import VmError
@@ -193,7 +194,7 @@ class Keeper(Generic[V]):
             member = _Start()
             self.pool.starting(member)
             member.task = self._do(self._live(member), "start")
-            member.task.add_done_callback(lambda _, member=member: self._started(member))
+            member.task.add_done_callback(partial(self._started, member))
         return IDLE_SECONDS if decision.look_again is None else decision.look_again - now
 
     async def _live(self, member: _Start[V]) -> None:
@@ -218,7 +219,7 @@ class Keeper(Generic[V]):
             _log.warning("a VM of the warm pool has ended and is replaced: %s", failure)
             self._end(member, leave_task=True)
 
-    def _started(self, member: _Start[V]) -> None:
+    def _started(self, member: _Start[V], _task: asyncio.Task[None]) -> None:
         """However a start ended, even if it was cancelled before it began: no place is lost."""
         if member.vm is None:
             self.pool.gone(member)
