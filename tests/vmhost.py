@@ -24,6 +24,7 @@ import psutil
 
 from vmkernel.host.capacity import Statistics, vm_slots
 from vmkernel.host.guest import Guest
+from vmkernel.host.registry import Registry
 from vmkernel.host.start import Label, VmStart
 from vmkernel.protocol import messages
 from vmkernel.settings import Settings, load_settings
@@ -139,9 +140,11 @@ class VmHost:
         return [path for path in found if any(kind(path.stat().st_mode) for kind in kinds)]
 
     def records(self) -> list[str]:
-        """What lies in the record of VMs, half-made and half-removed ones included."""
+        """The VMs that have not ended, as far as the record says or a directory of theirs does."""
+        with Registry(self.settings()) as registry:
+            known = {record.vm_id for record, *_ in registry.list()}
         vms = self.runtime_dir / "vms"
-        return sorted(path.name for path in vms.iterdir()) if vms.is_dir() else []
+        return sorted(known | ({path.name for path in vms.iterdir()} if vms.is_dir() else set()))
 
     def left(self) -> list[str]:
         """What no VM may leave at its end: processes, sockets, slots. Empty when all is well."""

@@ -19,7 +19,7 @@ import pytest
 from kernel_client import Kernel
 
 from vmhost import VmHost, seconds_until
-from vmkernel.host.registry import sweep
+from vmkernel.host.reaper import sweep
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 

@@ -161,18 +161,6 @@ def an_image_with_a_bad_manifest(work: Workshop) -> Fault:
     )
 
 
-def a_full_disk_for_records(work: Workshop) -> Fault:
-    place = work.tmpfs("size=64k,mode=700")
-    filling = fill(place)
-    return Fault(
-        {"VMKERNEL_RUNTIME_DIR": str(place / "run")},
-        "VmError",
-        r"No space left on device",
-        r"VMKERNEL_RUNTIME_DIR",
-        filling.unlink,
-    )
-
-
 def a_full_disk_for_scratch_disks(work: Workshop) -> Fault:
     place = work.tmpfs("size=128k,mode=700")
     (place / "templates").symlink_to(load_settings().cache_dir / "templates")
@@ -291,7 +279,6 @@ FAULTS = (
     no_image,
     a_truncated_image,
     an_image_with_a_bad_manifest,
-    a_full_disk_for_records,
     a_full_disk_for_scratch_disks,
     no_room_for_a_template,
     no_place_for_templates,
@@ -384,6 +371,28 @@ def test_a_full_disk_for_logs_costs_the_logs_only(
         assert kernel.run("6 * 7").result == "42"
     finally:
         kernel.shut_down()
+
+
+def test_a_full_disk_for_the_record_costs_the_record_only(
+    spec: str, module_host: VmHost, work: Workshop
+) -> None:
+    """All that matters of a notebook's VM is in the process table and in locks."""
+    place = work.tmpfs("size=1m,mode=700")
+    filling = fill(place)
+    env = {"VMKERNEL_DATABASE_FILE": str(place / "vms.sqlite")}
+    kernel = Kernel(spec, env={**module_host.env, **env})
+    try:
+        assert kernel.run("6 * 7").result == "42"
+        told = module_host.cli("ps", **env)
+        assert told.returncode == 1
+        assert re.search(r"cannot use the record of VMs, .*full", told.stderr)
+        assert re.search(r"What to do: free space .*VMKERNEL_DATABASE_FILE", told.stderr)
+        filling.unlink()
+        (vm,) = json.loads(module_host.cli("ps", "--json", **env).stdout)["vms"]
+        assert vm["pid"] in module_host.qemus(), "found in the process table"
+    finally:
+        kernel.shut_down()
+    assert json.loads(module_host.cli("ps", "--json", **env).stdout)["vms"] == []
 
 
 def test_memory_too_small_to_boot_is_told_at_once(spec: str, module_host: VmHost) -> None:

@@ -11,7 +11,7 @@ import ipykernel_suite
 import pytest
 
 from prerequisites import missing
-from vmkernel.host.registry import sweep
+from vmkernel.host.reaper import sweep
 from vmkernel.settings import load_settings
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(2000)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from kernel_client import Kernel
 
+from vmkernel.host.registry import Registry
 from vmkernel.settings import load_settings
 
 pytestmark = pytest.mark.vm
@@ -28,10 +29,8 @@ def test_vm_shows_what_this_machine_is(kernel: Kernel, line: str) -> None:
     slot, limit = re.fullmatch(r"(\d+) of (\d+)", shown["slot"]).groups()  # type: ignore[union-attr]
     assert 0 <= int(slot) < int(limit) == load_settings().max_concurrent_vms
     assert shown["VM"] == kernel.run("import socket; print(socket.gethostname())").stdout.strip()
-    records = [
-        json.loads(path.read_text()) for path in load_settings().runtime_dir.rglob("vm.json")
-    ]
-    assert [record["slot"] for record in records if record["vm_id"] == shown["VM"]] == [int(slot)]
+    with Registry(load_settings()) as registry:
+        assert registry.get(shown["VM"]).slot == int(slot)
 
 
 def test_the_age_grows(kernel: Kernel) -> None:

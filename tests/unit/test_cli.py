@@ -99,7 +99,10 @@ def test_install_misused(words):
 
 def test_ps_of_nothing(tmp_path):
     # Not the session's: a wrapper that a test killed leaves its record until the next start
-    environ = {"VMKERNEL_RUNTIME_DIR": str(tmp_path / "run")}
+    environ = {
+        "VMKERNEL_RUNTIME_DIR": str(tmp_path / "run"),
+        "VMKERNEL_STATE_DIR": str(tmp_path / "state"),
+    }
     done = run("ps", **environ)
     assert done.returncode == 0, done.stderr
     assert "no VM is there" in done.stdout
@@ -110,35 +113,39 @@ def test_ps_of_nothing(tmp_path):
 
 def test_ps_tells_what_lives_and_what_died(settings):
     """A record with a live runner, and one whose runner is gone."""
-    import msgspec
+    from vmkernel.host.processes import identify
+    from vmkernel.host.registry import Registry
+    from vmkernel.models import VmState
 
-    from vmkernel.host import registry
-
-    live = registry.create_vm_dir(settings, kernel_id="k-1", recipe="minimal", memory=1024)
-    dead = registry.create_vm_dir(settings, kernel_id="k-2")
-    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    try:
-        from vmkernel.host.processes import identify
-
-        while (qemu := identify(sleeper.pid)) is None:
-            time.sleep(0.01)
-        registry.write_record(settings, msgspec.structs.replace(
-            live, qemu_pid=qemu.pid, qemu_start=qemu.start_time, slot=0,
-            state=registry.VmState.RUNNING))  # fmt: skip
-        registry.write_record(settings, msgspec.structs.replace(dead, runner_start=1))
-        vms = {vm["id"]: vm for vm in json.loads(run("ps", "--json").stdout)["vms"]}
-        assert vms[live.vm_id]["state"] == "running"
-        assert vms[live.vm_id]["pid"] == sleeper.pid
-        assert vms[live.vm_id]["memory_limit"] == 1024**3
-        assert 0 < vms[live.vm_id]["memory_private"] <= vms[live.vm_id]["memory_pss"]
-        assert 0 <= vms[live.vm_id]["age"] < 60
-        assert vms[dead.vm_id]["state"] == "dead"
-        assert "k-1" in run("ps").stdout
-    finally:
-        sleeper.kill()
-        sleeper.wait()
-        for record in (live, dead):
-            registry.remove_vm(settings, record.vm_id)
+    with Registry(settings) as registry:
+        live = registry.new(kernel_id="k-1", recipe="minimal", memory=1024)
+        dead = registry.new(kernel_id="k-2")
+        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        try:
+            while (qemu := identify(sleeper.pid)) is None:
+                time.sleep(0.01)
+            registry.update(
+                live.vm_id,
+                qemu_pid=qemu.pid,
+                qemu_start=qemu.start_time,
+                slot=0,
+                state=VmState.STARTING,
+            )
+            registry.update(live.vm_id, state=VmState.RUNNING)
+            registry.update(dead.vm_id, runner_start=1)
+            vms = {vm["id"]: vm for vm in json.loads(run("ps", "--json").stdout)["vms"]}
+            assert vms[live.vm_id]["state"] == "running"
+            assert vms[live.vm_id]["pid"] == sleeper.pid
+            assert vms[live.vm_id]["memory_limit"] == 1024**3
+            assert 0 < vms[live.vm_id]["memory_private"] <= vms[live.vm_id]["memory_pss"]
+            assert 0 <= vms[live.vm_id]["age"] < 60
+            assert vms[dead.vm_id]["state"] == "failed"
+            assert "k-1" in run("ps").stdout
+        finally:
+            sleeper.kill()
+            sleeper.wait()
+            for record in (live, dead):
+                registry.remove(record.vm_id)
 
 
 def _doctor(**environ: str) -> tuple[int, dict[str, dict[str, str]]]:

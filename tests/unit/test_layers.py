@@ -36,7 +36,7 @@ def _modules_after(statement: str) -> set[str]:
 def test_the_start_path_imports_nothing_heavy(module):
     heavy = {
         "IPython", "click", "importlib.metadata", "ipykernel", "jsonschema", "jupyter_client",
-        "jupyter_core", "psutil", "pydantic", "tornado", "traitlets",
+        "jupyter_core", "psutil", "pydantic", "sqlite3", "tornado", "traitlets",
     }  # fmt: skip
     assert not heavy & _modules_after(f"import {module}")
 

@@ -68,9 +68,10 @@ def running_vms(settings: Settings) -> list[dict[str, Any]]:
     Raises VmError when the record cannot be read.
     """
     from vmkernel.host.capacity import vm_slots
-    from vmkernel.host.registry import list_vms
+    from vmkernel.host.registry import Registry
 
-    statuses = list_vms(settings)
+    with Registry(settings) as registry:
+        statuses = registry.list()
     vms = [_describe(status) for status in statuses]
     known = {
         pid for status in statuses for pid in (status.record.runner_pid, status.record.qemu_pid)
@@ -87,7 +88,7 @@ def _describe(status: VmStatus) -> dict[str, Any]:
         "owner": _user(record.owner),
         "kernel_id": record.kernel_id,
         "notebook": _notebook(record.runner_pid) if status.runner_alive else "",
-        "state": _state(status),
+        "state": str(status.state),
         "pid": pid,
         "runner_pid": record.runner_pid,
         "slot": record.slot,
@@ -96,7 +97,7 @@ def _describe(status: VmStatus) -> dict[str, Any]:
         "memory_limit": record.memory * 1024**2,
         **_memory(pid),
         "age": time.time() - record.created,
-        "console_log": record.console_log,
+        "console_log": f"{record.log_dir}/console.log" if record.log_dir else "",
     }
 
 
@@ -122,15 +123,6 @@ def _describe_stranger(pid: int, slot: int) -> dict[str, Any]:
         "age": age,
         "console_log": "",
     }
-
-
-def _state(status: VmStatus) -> str:
-    """The record's state, corrected by what really lives."""
-    if not status.runner_alive:
-        return "orphaned" if status.qemu_alive else "dead"
-    if status.record.state == "running" and not status.qemu_alive:
-        return "dead"
-    return str(status.record.state)
 
 
 def _memory(pid: int | None) -> dict[str, int | None]:

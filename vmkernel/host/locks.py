@@ -37,9 +37,9 @@ def try_lock(descriptor: int, byte: int) -> bool:
     return True
 
 
-def unlock(descriptor: int, byte: int) -> None:
-    """Give ``byte`` back, if this open file description holds it."""
-    fcntl.fcntl(descriptor, _SETLK, _FLOCK.pack(fcntl.F_UNLCK, _SEEK_SET, byte, 1, 0))
+def unlock(descriptor: int, byte: int, count: int = 1) -> None:
+    """Give ``count`` bytes from ``byte`` on back, as far as this open file description has them."""
+    fcntl.fcntl(descriptor, _SETLK, _FLOCK.pack(fcntl.F_UNLCK, _SEEK_SET, byte, count, 0))
 
 
 def find_lock(descriptor: int, start: int, end: int) -> tuple[int, int] | None:

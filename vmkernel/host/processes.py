@@ -10,6 +10,7 @@ milliseconds. Source: proc(5), pidfd_open(2).
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import select
 import signal
@@ -46,6 +47,52 @@ def identify_self() -> ProcessIdentity:
     identity = identify(os.getpid())
     assert identity is not None, "/proc shows the reading process alive"
     return identity
+
+
+@functools.cache
+def boot_id() -> str:
+    """Which boot of the host this is: pids and start times mean something within it only."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # random(4)
+
+
+def parent(pid: int) -> int | None:
+    """The pid of its parent: of the process that has adopted it, when its own is dead."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    return int(status[status.rfind(b")") + 2 :].split()[1])
+
+
+def has_pidfd(pid: int, of: int) -> bool:
+    """Whether it holds a pidfd of the process ``of``: who started a QEMU does, who adopts does not.
+
+    Source: proc(5), /proc/PID/fdinfo; the line "Pid:" is there since Linux 5.3.
+    """
+    try:
+        for entry in os.scandir(f"/proc/{pid}/fdinfo"):
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                if f"\nPid:\t{of}\n".encode() in Path(entry.path).read_bytes():
+                    return True
+    except OSError:
+        pass
+    return False
+
+
+def lock_holders(path: Path) -> list[int]:
+    """The processes that hold a lock for writing on the file, by /proc/locks; for a message."""
+    try:
+        inode = path.stat().st_ino
+        lines = Path("/proc/locks").read_text().splitlines()
+    except OSError:
+        return []
+    # "7: POSIX  ADVISORY  WRITE 1234 fe:00:5678 120 120"; with "->" in it: somebody who waits.
+    fields = [line.split() for line in lines if "->" not in line]
+    return [
+        int(words[4])
+        for words in fields
+        if words[3] == "WRITE" and words[5].endswith(f":{inode}") and int(words[4]) > 0
+    ]
 
 
 def is_alive(identity: ProcessIdentity | None) -> bool:

@@ -11,6 +11,7 @@ still importing.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,22 +20,36 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vmkernel import trace
-from vmkernel.errors import ImageError, VmBootError, VmError
+from vmkernel.errors import (
+    ImageError,
+    RegistryError,
+    VmBootError,
+    VmError,
+    VmNotFoundError,
+    VmStateError,
+)
 from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
 from vmkernel.host.processes import tag_of
+from vmkernel.models import ENDED, VmState
 from vmkernel.vm import accel
 from vmkernel.vm.machine import Spawned, spawn
 from vmkernel.vm.qemu import find_qemu
 from vmkernel.vm.template import Spec, Template, ensure_template, find_template
 
 if TYPE_CHECKING:
+    import asyncio
+
     from vmkernel.host.guest import Guest, KernelDeath, OnOutput
     from vmkernel.settings import LoadedSettings, Settings
     from vmkernel.vm.command import Accelerator
 
 KEPT_LOGS = 20
 """How many failed VMs' logs are kept."""
+
+_YOUNG = 60_000_000_000  # nanoseconds
+_PATIENCE = 1.0
+"""Seconds that a notebook's kernel waits for its VM to be on record."""
 
 Progress = Callable[[str], None]
 """progress(one line for a person: what is being waited for)"""
@@ -107,11 +122,10 @@ def begin(settings: Settings, label: Label, slot: Slot | None = None) -> Started
     if slot is None:
         return None
     with slot:
-        record = _new_record(settings, label)
+        record = _new_record(settings, label)  # written down by VmStart, while QEMU loads
         try:
             return _spawn_clone(settings, spec, template, record, slot, label)
         except BaseException:
-            registry.remove_vm(settings, record.vm_id)
             _remove_tree(log_dir(settings, record.vm_id))  # the next attempt has its own
             raise
 
@@ -149,6 +163,9 @@ class VmStart:
         self._begun = begun
         self._slot = slot
         self._guest: Guest | None = None
+        self._registry = registry.Registry(settings)
+        self._writing: asyncio.Future[None] | None = None
+        """The last change of the record, which is made in a thread: it waits for disk and locks."""
 
     async def guest(
         self,
@@ -170,6 +187,8 @@ class VmStart:
 
         try:
             started = begun or await self._start(progress)
+            if begun is not None:
+                self._write(self._now_starting, begun.record)
             self.template = started.template
             self.record = started.record
             self.vm_id = started.record.vm_id
@@ -186,14 +205,10 @@ class VmStart:
             await guest.vm.load(self.settings.start_timeout)
             trace.mark("state loaded")
             await guest.wake(self.settings.start_timeout)
+            await self._written()
             awake = True
             trace.mark("guest awake")
-            registry.write_record(
-                self.settings,
-                msgspec.structs.replace(started.record, state=registry.VmState.RUNNING),
-            )
-            if begun is not None:  # begin() was in a hurry; what it left undone delays nobody now
-                _tidy(self.settings)
+            self._write(self._now_running, begun is not None)
         except BaseException as error:
             failure = error
             if isinstance(error, OSError) and not isinstance(error, VmError):
@@ -205,21 +220,25 @@ class VmStart:
                 if isinstance(failure, VmError):
                     failure = await self._explain(failure)
             finally:
-                await self.close(keep_logs=isinstance(failure, VmError))
+                await self.close(
+                    keep_logs=isinstance(failure, VmError),
+                    cause=str(failure) if isinstance(failure, VmError) else "",
+                )
             if failure is not error:
                 raise failure from error
             raise
         return guest
 
-    async def close(self, *, keep_logs: bool = False) -> None:
-        """End the VM, whatever state it is in, and remove its record.
+    async def close(self, *, keep_logs: bool = False, cause: str = "") -> None:
+        """End the VM, whatever state it is in, and say on record that it ended.
 
         ``keep_logs`` when it failed: the newest logs of failed VMs stay in ``state_dir/logs``.
+        ``cause`` is why, for the record; its first line is kept.
         Goes to its end even when it is cancelled: nobody else would reap QEMU and the record.
         """
         import asyncio
 
-        closing = asyncio.ensure_future(self._close(keep_logs))
+        closing = asyncio.ensure_future(self._close(keep_logs, cause))
         try:
             await asyncio.shield(closing)
         except asyncio.CancelledError:
@@ -228,7 +247,7 @@ class VmStart:
                     await asyncio.wait([closing])
             raise
 
-    async def _close(self, keep_logs: bool) -> None:
+    async def _close(self, keep_logs: bool, cause: str) -> None:
         begun, self._begun = self._begun, None
         if begun is not None:
             begun.spawned.abandon()
@@ -238,18 +257,80 @@ class VmStart:
             if guest is not None:
                 await guest.close()
         finally:
-            if self.vm_id:
-                registry.remove_vm(self.settings, self.vm_id)
-                if not keep_logs:
-                    _remove_tree(log_dir(self.settings, self.vm_id))
+            if self._writing is not None:
+                self._write(self._now_ended, keep_logs, cause)
+                with suppress(VmError):  # told already, or of no interest now
+                    await self._written()
+                self._writing = None
+            if self.vm_id and not keep_logs:
+                _remove_tree(log_dir(self.settings, self.vm_id))
+
+    def _write(self, change: Callable[..., None], *values: object) -> None:
+        """Change the record in a thread, after the change before, whatever became of that."""
+        import asyncio
+
+        before = self._writing
+
+        async def write() -> None:
+            if before is not None:
+                await asyncio.wait([before])
+            await asyncio.to_thread(self._change, change, *values)
+
+        self._writing = asyncio.ensure_future(write())
+        self._writing.add_done_callback(_seen)
+
+    async def _written(self) -> None:
+        """Wait until what was written last is on record.  Raises VmError when it is not.
+
+        Not so for a notebook's VM: all that matters of it is in the process table and in locks, and
+        a full disk or somebody's lock on the record should not keep a person from a kernel.
+        """
+        import asyncio
+
+        assert self._writing is not None
+        # Neither way is the write itself cancelled: what is written next must come after it.
+        if self.label.vm_id:
+            await asyncio.shield(self._writing)
+        else:
+            await asyncio.wait([self._writing], timeout=_PATIENCE)
+
+    def _change(self, change: Callable[..., None], *values: object) -> None:
+        try:
+            change(*values)
+        except RegistryError as error:
+            if self.label.vm_id:
+                raise
+            _warn("VM %s is not on record as it is: %s", self.vm_id, error)
+
+    def _now_starting(self, record: registry.VmRecord) -> None:
+        if not self.label.vm_id:
+            self._registry.add(record)
+            return
+        names = ("state", "boot_id", "runner_pid", "runner_start", "qemu_pid", "qemu_start", "slot",
+                 "template", "recipe", "accelerator", "memory", "vcpus", "log_dir")  # fmt: skip
+        changes = {name: getattr(record, name) for name in names}
+        self._registry.update(record.vm_id, **changes)
+
+    def _now_running(self, tidy: bool) -> None:
+        with suppress(VmNotFoundError):  # it could not be put on record
+            self._registry.update(self.vm_id, state=VmState.RUNNING, started=time.time())
+        if tidy:  # begin() was in a hurry; what it left undone delays nobody now
+            _tidy(self.settings)
+
+    def _now_ended(self, failed: bool, cause: str) -> None:
+        state = VmState.FAILED if failed else VmState.STOPPED
+        cause = cause.partition("\n")[0]
+        with self._registry, suppress(VmNotFoundError, VmStateError):  # settled by somebody's sweep
+            self._registry.update(self.vm_id, state=state, ended=time.time(), exit_cause=cause)
 
     async def _start(self, progress: Progress) -> Started:
         settings = self.settings
-        _tidy(settings)
         record = _new_record(settings, self.label)
         self.vm_id = record.vm_id
-        waiting = msgspec.structs.replace(record, state=registry.VmState.WAITING)
-        registry.write_record(settings, waiting)
+        self._write(_tidy, settings)
+        if not self.label.vm_id:
+            self._write(self._registry.add, record)
+        await self._written()
         slot, self._slot = self._slot, None
         if slot is None:
             slot = await shared_slots(settings).acquire(
@@ -258,7 +339,6 @@ class VmStart:
                 label=self.label.kernel_id,
             )
         with slot:
-            registry.write_record(settings, msgspec.structs.replace(record, slot=slot.index))
             choice = accel.remembered_choice(settings)
             if choice is None:
                 progress("testing whether KVM works here (once)")
@@ -276,7 +356,9 @@ class VmStart:
                     _BootSlot(settings, progress),
                 )
             progress("starting the VM")
-            return _spawn_clone(settings, spec, template, record, slot, self.label)
+            started = _spawn_clone(settings, spec, template, record, slot, self.label)
+        self._write(self._now_starting, started.record)
+        return started
 
     async def _explain(self, error: VmError) -> VmError:
         """The error; with QEMU's state, its last words and the log's place, if they are missing."""
@@ -331,20 +413,26 @@ def log_dir(settings: Settings, vm_id: str) -> Path:
 
 def _tidy(settings: Settings) -> None:
     """Clear away what killed runners left, at each start."""
-    registry.sweep(settings)
+    from vmkernel.host.reaper import sweep
+
+    sweep(settings)
     prune_logs(settings)
 
 
 def prune_logs(settings: Settings) -> None:
     """Remove old logs of VMs that failed, or whose runner was killed; not those of live ones."""
-    live = {status.record.vm_id for status in registry.list_vms(settings)}
+    with registry.Registry(settings) as known:
+        statuses = known.list(ended=True)
+    live = {record.vm_id for record, *_ in statuses if record.kept or record.state not in ENDED}
     try:
         found = [path for path in (settings.state_dir / "logs").iterdir() if path.name not in live]
     except OSError:
         return
     found.sort(key=_age)
+    young = time.time_ns() - _YOUNG  # a start may be ahead of its record
     for path in found[:-KEPT_LOGS]:
-        _remove_tree(path)
+        if _age(path) < young:
+            _remove_tree(path)
 
 
 def _remove_tree(path: Path) -> None:
@@ -360,13 +448,28 @@ def _age(path: Path) -> int:
         return 0
 
 
+def _seen(task: asyncio.Future[None]) -> None:
+    """Mark a failure as seen: who waits for it is told, or nobody."""
+    if not task.cancelled():
+        task.exception()
+
+
+def _warn(message: str, *values: object) -> None:
+    import logging
+
+    logging.getLogger(__name__).warning(message, *values)
+
+
 def _new_record(settings: Settings, label: Label) -> registry.VmRecord:
-    return registry.create_vm_dir(
-        settings,
+    vm_id = label.vm_id or f"vm-{os.urandom(4).hex()}"
+    return registry.new_record(
+        vm_id=vm_id,
         kernel_id=label.kernel_id,
         connection_file=label.connection_file,
         recipe=settings.recipe,
         memory=settings.memory,
+        vcpus=settings.vcpus,
+        log_dir=str(log_dir(settings, vm_id)),
     )
 
 
@@ -419,13 +522,13 @@ def _spawn_clone(
         qemu = identify(spawned.process.pid)
         record = msgspec.structs.replace(
             record,
+            state=VmState.STARTING,
             slot=slot.index,
+            template=template.manifest.key,
             accelerator=spec.accelerator,
             qemu_pid=spawned.process.pid,
             qemu_start=qemu.start_time if qemu else 0,
-            console_log=str(directory / "console.log"),
         )
-        registry.write_record(settings, record)
     except BaseException:
         spawned.abandon()  # it holds the slot, and nobody would ever end it
         raise

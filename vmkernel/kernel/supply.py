@@ -257,7 +257,7 @@ class GuestSupply:
             # This VM cannot carry a kernel any more: the next one who asks gets a new VM.
             start, self._start = self._start, None
             if start is not None:
-                await start.close(keep_logs=True)
+                await start.close(keep_logs=True, cause=str(error))
             if isinstance(error, VmError):
                 error.message += (
                     ". The VM was given up, its files are lost; the next cell gets a new one"
@@ -290,7 +290,7 @@ class GuestSupply:
         self._start = None
         if self._starting is not None and self._starting.done():
             self._starting = None
-        task = asyncio.create_task(start.close(keep_logs=True))
+        task = asyncio.create_task(start.close(keep_logs=True, cause=str(error)))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         self._owner.on_vm_end(error)

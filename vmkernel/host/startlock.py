@@ -1,0 +1,199 @@
+"""The lock on the start of one VM: of all who would start it, one does.
+
+Floor 4, over ``host.locks``.  One file for all VMs, ``<runtime_dir>/starts``, and one byte of it
+for each: the VM's number, which is its id.  So there is no lock file per VM, which nobody could
+ever unlink safely.  An open-file-description lock: it goes over to a runner that inherits the
+descriptor, and is gone with the last process that has it, however that ends.
+
+====================  =========================================================================
+byte                  locked while
+====================  =========================================================================
+n                     VM n is being started, or cleaned up
+_HOLDERS + n,pid      the same, by process pid: who can be named (the lock itself names nobody)
+_CLEANING + n         it is being cleaned up after its runner's death: a matter of milliseconds
+====================  =========================================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING
+
+from vmkernel.errors import VmAlreadyStartingError, VmError, VmNotFoundError
+from vmkernel.host import processes
+from vmkernel.host.locks import find_lock, try_lock, unlock
+from vmkernel.settings import ensure_private_dir
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vmkernel.settings import Settings
+
+_HOLDERS = 1 << 60
+_CLEANING = 1 << 61
+_PID_BITS = 22  # Linux: PID_MAX_LIMIT is 2**22 on 64-bit machines, proc(5)
+_CLEANED_WITHIN = 2.0
+"""Seconds that a start waits for the clean-up after the VM's last life."""
+_POLL = 0.005
+
+
+class StartLock:
+    """One VM's start lock, held by this object's descriptor ``fd`` and whoever inherited it."""
+
+    def __init__(self, vm_id: str, descriptor: int, number: int) -> None:
+        """Not to be called from outside: see `take` and `inherited`."""
+        self.vm_id = vm_id
+        self._descriptor = descriptor
+        self._number = number
+
+    @classmethod
+    def take(cls, settings: Settings, vm_id: str, *, cleaning: bool = False) -> StartLock:
+        """Take it, or raise VmAlreadyStartingError, which names the VM and the holder's pid.
+
+        Does not wait, except for a clean-up (``cleaning``) of the same VM, for 2 seconds at most.
+        Raises VmError when the file cannot be used, VmNotFoundError for what is no VM's id.
+        """
+        number = _number(vm_id)
+        path = _path(settings)
+        deadline = time.monotonic() + _CLEANED_WITHIN
+        while True:
+            descriptor = _open(path)
+            try:
+                if try_lock(descriptor, number):
+                    if _is_at(descriptor, path):
+                        lock = cls(vm_id, descriptor, number)
+                        lock._mark()
+                        if cleaning:
+                            try_lock(descriptor, _CLEANING + number)
+                        descriptor = -1  # the lock's now
+                        return lock
+                    continue  # somebody removed the file: the lock is on nothing
+                holder = _holder(descriptor, number)
+                tidied = find_lock(descriptor, _CLEANING + number, _CLEANING + number + 1)
+            except OSError as error:
+                raise _unusable(path, error) from error
+            finally:
+                if descriptor >= 0:
+                    os.close(descriptor)
+            if cleaning or tidied is None or time.monotonic() > deadline:
+                raise _taken(vm_id, holder)
+            time.sleep(_POLL)
+
+    @classmethod
+    def inherited(cls, vm_id: str, descriptor: int) -> StartLock:
+        """The lock that came by inheritance; from now on this process is the one that is named."""
+        lock = cls(vm_id, descriptor, _number(vm_id))
+        os.set_inheritable(descriptor, False)  # a sibling that had it would hold it for ever
+        lock._mark()
+        return lock
+
+    @staticmethod
+    def holder(settings: Settings, vm_id: str) -> int | None:
+        """The pid of who holds it; None when nobody does.  Takes nothing."""
+        try:
+            descriptor = os.open(_path(settings), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            return _holder(descriptor, _number(vm_id))
+        finally:
+            os.close(descriptor)
+
+    @property
+    def fd(self) -> int:
+        """The descriptor that carries the lock, for ``pass_fds``; ValueError once released."""
+        if self._descriptor < 0:
+            raise ValueError(f"the start lock of {self.vm_id} was released")
+        return self._descriptor
+
+    def release(self) -> None:
+        """Close our copy; free unless a runner inherited it. Again is harmless."""
+        # Never an explicit unlock: that would free it under a runner that is still starting.
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _mark(self) -> None:
+        """Say that it is this process that holds it."""
+        first = _holders(self._number)
+        unlock(self._descriptor, first, 1 << _PID_BITS)
+        try_lock(self._descriptor, first + os.getpid())
+
+    def __enter__(self) -> StartLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self.release()
+
+    def __repr__(self) -> str:
+        return f"<StartLock {self.vm_id} {'held' if self._descriptor >= 0 else 'released'}>"
+
+
+def _number(vm_id: str) -> int:
+    with contextlib.suppress(ValueError):
+        if vm_id.startswith("vm-") and len(vm_id) == len("vm-12345678"):
+            return int(vm_id[3:], 16)
+    raise VmNotFoundError(
+        f"{vm_id!r} is no VM's id: those are like vm-1a2b3c4d",
+        hint="see which VMs there are: `vmkernel ps`",
+    )
+
+
+def _holders(number: int) -> int:
+    return _HOLDERS + (number << _PID_BITS)
+
+
+def _path(settings: Settings) -> Path:
+    return settings.runtime_dir / "starts"
+
+
+def _open(path: Path) -> int:
+    ensure_private_dir(path.parent)
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise _unusable(path, error) from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _holder(descriptor: int, number: int) -> int | None:
+    """Its pid; 0 when it has not said yet who it is; None when nobody has the lock."""
+    first = _holders(number)
+    for _ in range(10):
+        if find_lock(descriptor, number, number + 1) is None:
+            return None
+        if lock := find_lock(descriptor, first, first + (1 << _PID_BITS)):
+            return lock[0] - first
+        time.sleep(0.001)  # it takes the two one after the other
+    return 0
+
+
+def _taken(vm_id: str, holder: int | None) -> VmAlreadyStartingError:
+    who = "another process"
+    if holder:
+        name = processes.describe(holder)
+        who = f"pid {holder}" + (f" ({name})" if name else "")
+    return VmAlreadyStartingError(
+        f"VM {vm_id} is already being started, by {who}",
+        hint="wait for it: `vmkernel ps` tells when it runs",
+    )
+
+
+def _unusable(path: Path, error: OSError) -> VmError:
+    return VmError(
+        f"cannot use the file of start locks {path}: {error.strerror or error}",
+        hint="make room and check permissions there, or set runtime_dir (VMKERNEL_RUNTIME_DIR) "
+        "to a place of your own",
+    )
