@@ -12,6 +12,7 @@ The tree::
     ├── RegistryError            the record of VMs cannot be read or written
     ├── VmCapacityError          no VM slot was free in time
     ├── VmOverlayError           the VM's scratch disk could not be made
+    ├── VmFileError              a file could not be passed into a VM or out of it
     ├── VmBootError              QEMU or the guest did not come up
     └── VmGuestError             a guest that was up died or broke the protocol
         ├── VmTimeoutError       code took longer than it was given (also a TimeoutError)
@@ -96,6 +97,10 @@ class VmCapacityError(VmError):
 
 class VmOverlayError(VmError):
     """The VM's scratch disk could not be made."""
+
+
+class VmFileError(VmError):
+    """A file could not be passed into a VM or out of it; the VM is none the worse for it."""
 
 
 class VmBootError(VmError):

@@ -133,12 +133,15 @@ class Port(asyncio.Protocol):
             self._on_lost(None)
 
 
+_Answer = tuple[messages.Reply, list[memoryview]]
+
+
 class AgentPort:
     """Calls to the guest agent, and its events."""
 
     def __init__(self, on_event: Callable[[messages.FromAgent], None]) -> None:
         self._on_event = on_event
-        self._calls: dict[int, asyncio.Future[messages.Reply]] = {}
+        self._calls: dict[int, asyncio.Future[_Answer]] = {}
         self._next = 0
         self._port: Port | None = None
 
@@ -156,15 +159,24 @@ class AgentPort:
 
         Raises VmGuestError when it fails, does not answer within ``timeout`` seconds, or is gone.
         """
+        return (await self.exchange(command, (), timeout))[0]
+
+    async def exchange(
+        self,
+        command: messages.Command,
+        buffers: Sequence[frames.Piece] = (),
+        timeout: float = 60.0,
+    ) -> tuple[dict[str, Any], list[memoryview]]:
+        """As :meth:`call`, with the bytes that go along in either direction: a file's."""
         if self._port is None:
             raise _gone()
         self._next += 1
         number = self._next
         future = self._calls[number] = asyncio.get_running_loop().create_future()
         try:
-            self._port.send(messages.encode_json(messages.Call(number, command)))
+            self._port.send(messages.encode_json(messages.Call(number, command)), buffers)
             async with asyncio.timeout(timeout):
-                reply = await future
+                reply, received = await future
         except TimeoutError as error:
             raise VmGuestError(
                 f"the guest agent did not answer to {type(command).__name__} in {timeout:g} s",
@@ -179,7 +191,7 @@ class AgentPort:
                 hint="restart the kernel",
             )
         result: dict[str, Any] = reply.result
-        return result
+        return result, received
 
     def close(self) -> None:
         """Hang up; who waits for an answer is told."""
@@ -200,7 +212,7 @@ class AgentPort:
             call = self._calls.get(message.id)
             if call is None or call.done():
                 return  # late, or forged: nobody waits for it
-            call.set_result(message)
+            call.set_result((message, buffers))
         else:
             self._on_event(message)
 
