@@ -24,7 +24,7 @@ A foreign exception is wrapped once, where it enters, with ``raise … from``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 CodeRan = Literal["no", "unknown"]
 
@@ -112,8 +112,12 @@ class VmGuestError(VmError):
 
 
 class VmTimeoutError(VmGuestError, TimeoutError):
-    """Code took longer than its time limit; its VM was destroyed.  What it had put out is lost
-    unless ``on_output`` saw it."""
+    """Code took longer than its time limit; its VM was destroyed.
+
+    ``result`` is a `vmkernel.RunResult` with what it had put out until then, or None.
+    """
+
+    result: Any = None
 
 
 class ProtocolError(VmGuestError):

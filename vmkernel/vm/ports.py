@@ -31,6 +31,8 @@ class Port(asyncio.Protocol):
     def __init__(self, name: str, on_message: OnMessage, on_lost: OnLost) -> None:
         self.name = name
         self.received = 0
+        self.on_congested: Callable[[bool], None] = lambda congested: None
+        """Called with True when the peer is slow to take what was sent, with False when it did."""
         self._on_message = on_message
         self._on_lost = on_lost
         self._reader = frames.FrameReader()
@@ -64,6 +66,13 @@ class Port(asyncio.Protocol):
     def unsent(self) -> int:
         """Bytes that the guest has not taken yet."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, while it is connected, for questions about the peer."""
+        assert self._transport is not None
+        sock: socket.socket = self._transport.get_extra_info("socket")
+        return sock
 
     def send(self, body: bytes, buffers: Sequence[frames.Piece] = ()) -> None:
         """Write a message; what the guest does not take yet is kept.
@@ -124,6 +133,14 @@ class Port(asyncio.Protocol):
                 error = ProtocolError(f"a message that cannot be handled ({error!r})")
             self._broken = True
             self._on_lost(error)
+
+    def pause_writing(self) -> None:
+        """More than asyncio's high-water mark (64 KiB) waits to be sent."""
+        self.on_congested(True)
+
+    def resume_writing(self) -> None:
+        """The peer has caught up."""
+        self.on_congested(False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed, by us or by QEMU's end."""
