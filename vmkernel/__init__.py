@@ -27,6 +27,7 @@ _MODULES = {
         "VmAlreadyStartingError",
         "VmCapacityError",
         "VmOverlayError",
+        "VmFileError",
         "VmBootError",
         "VmGuestError",
         "VmTimeoutError",

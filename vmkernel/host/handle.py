@@ -6,26 +6,34 @@ Where it stands: given out by ``host.manager``, over ``host.client``; the VM its
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from vmkernel.errors import VmError, VmTimeoutError
-from vmkernel.host import wire
+from vmkernel.host import files, wire
 from vmkernel.models import Output, RunError, RunResult, VmState
-from vmkernel.protocol import messages
+from vmkernel.protocol import frames, messages
 
 if TYPE_CHECKING:
     from vmkernel.host.capacity import Semaphore
     from vmkernel.host.client import Connection, RunnerProcess
     from vmkernel.host.registry import VmRecord
 
+log = logging.getLogger("vmkernel")
+
 OnOutput = Callable[[Output], None]
 OnInput = Callable[[str, bool], str]
 """on_input(prompt, whether it is a password) -> what was typed; called in a thread."""
+OnSkip = Callable[[str], None]
+"""on_skip(path of what is neither a file nor a directory)"""
 ANSWER_SECONDS = 10.0
 """How long the guest's agent may take for a small task."""
+CHUNK_SECONDS = 60.0
+"""How long it may take for a piece of a file; the guest's own limit is shorter."""
 
 
 class VmHandle:
@@ -128,6 +136,65 @@ class VmHandle:
         """KeyboardInterrupt for the code that runs; without any, nothing.  Raises VmGuestError."""
         await self.connection.call(wire.Interrupt())
 
+    async def put(
+        self,
+        source: Path | bytes,
+        target: str,
+        *,
+        max_bytes: int = files.MAX_BYTES,
+        max_files: int = files.MAX_FILES,
+        on_progress: files.OnProgress | None = None,
+        on_skip: OnSkip | None = None,
+    ) -> int:
+        """Copy ``source``, a file or directory of the host or bytes, to the guest; how many bytes.
+
+        A ``target`` that ends with "/" is a directory that is there, and gets ``source`` under its
+        own name; else it is the name that ``source`` gets.  A relative one begins at the guest
+        user's home.  Files that are there are written over; all of it is the guest's user's.  Links
+        and devices are left out: ``on_skip`` hears of each; without it, the log does.
+
+        Raises VmFileError (no such file, no permission, a limit, the guest's disk is full, …);
+        VmGuestError when the VM ends or does not answer.
+        """
+        done = await files.put_tree(
+            self._exchange, source, target, max_bytes=max_bytes, max_files=max_files,
+            on_progress=on_progress,
+        )  # fmt: skip
+        return self._tell(done, on_skip)
+
+    async def get(
+        self,
+        source: str,
+        target: Path,
+        *,
+        max_bytes: int = files.MAX_BYTES,
+        max_files: int = files.MAX_FILES,
+        on_progress: files.OnProgress | None = None,
+        on_skip: OnSkip | None = None,
+    ) -> int:
+        """Copy ``source``, a file or a directory of the guest, to the host; how many bytes.
+
+        A file replaces the file ``target`` (as a whole, at the end), or goes into the directory
+        ``target``; a directory's contents go into the directory ``target``, made if need be, where
+        nothing that is there is written over.  No link is followed or made: nothing lands outside.
+        What is neither a file nor a directory is left out: ``on_skip`` hears of it; or the log.
+
+        Raises VmFileError (no such file, no permission, a limit, something is there already, …);
+        VmGuestError when the VM ends, does not answer, or lies (ProtocolError).
+        """
+        done = await files.get_tree(
+            self._exchange, source, target, max_bytes=max_bytes, max_files=max_files,
+            on_progress=on_progress,
+        )  # fmt: skip
+        return self._tell(done, on_skip)
+
+    async def read_file(self, path: str, max_bytes: int = 1 << 20) -> bytes:
+        """What a file of the guest contains.
+
+        Raises VmFileError (no such file, more than ``max_bytes``, …), VmGuestError.
+        """
+        return await files.read_file(self._exchange, path, max_bytes)
+
     async def ping(self, timeout: float = ANSWER_SECONDS) -> None:
         """Prove that the guest answers.  Raises VmGuestError when it does not in time."""
         await self._ask(messages.Stats(), timeout)
@@ -143,6 +210,19 @@ class VmHandle:
     async def close(self) -> None:
         """Let go of the VM.  One that this process created, and that is not kept, ends."""
         self.connection.close()
+
+    async def _exchange(
+        self, command: messages.Command, buffers: Sequence[frames.Piece]
+    ) -> tuple[dict[str, Any], list[memoryview]]:
+        return await self.connection.call(wire.Ask(command, CHUNK_SECONDS), buffers=buffers)
+
+    def _tell(self, done: files.Transfer, on_skip: OnSkip | None) -> int:
+        for path in done.skipped:
+            if on_skip is not None:
+                on_skip(path)
+            else:
+                log.warning("%s: left out, being neither file nor directory: %r", self.vm_id, path)
+        return done.bytes
 
     async def _ask(
         self, command: messages.Command, timeout: float = ANSWER_SECONDS

@@ -124,7 +124,8 @@ class RunnerClient:
             case wire.Ask():
                 if isinstance(call.command, _OURS):
                     raise VmGuestError("that command is the runner's own")
-                result = await runner.guest.vm.agent.call(call.command, call.timeout)
-                self.send(number, wire.Reply(result=result))
+                agent = runner.guest.vm.agent
+                result, received = await agent.exchange(call.command, buffers, call.timeout)
+                self.send(number, wire.Reply(result=result), received)
             case _:
                 raise VmGuestError(f"a runner does not do {type(call).__name__} twice")
