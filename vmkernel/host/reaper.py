@@ -10,22 +10,19 @@ time, so several may sweep at once, and beside starts.
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmkernel.errors import VmAlreadyStartingError, VmError, VmNotFoundError, VmStateError
-from vmkernel.host import processes
+from vmkernel.host import processes, running
 from vmkernel.host.processes import ProcessIdentity
 from vmkernel.host.registry import Registry, VmRecord, VmStatus, status_of, vm_dir
-from vmkernel.host.running import age, find_qemus, find_running, owner
 from vmkernel.host.startlock import StartLock
 from vmkernel.models import ENDED, VmState
 
 if TYPE_CHECKING:
     from vmkernel.settings import Settings
-
-YOUNG = 10.0
-"""Seconds for which what is not on record is left alone: its maker may be about to write it."""
 
 
 def sweep(settings: Settings) -> list[str]:
@@ -36,28 +33,18 @@ def sweep(settings: Settings) -> list[str]:
     Raises RegistryError when there is no using the record at all.
     """
     with Registry(settings) as registry:
-        statuses = registry.list(ended=True)
+        # Where there is no database, what the process table shows is not to be settled by it.
+        statuses = registry.list(ended=True) if registry.exists else []
         dead = [status.record.vm_id for status in statuses if _is_dead(status)]
         settled = [vm_id for vm_id in dead if _try(settings, registry, vm_id)]
         live = {status.record.vm_id for status in statuses if status.record.state not in ENDED}
-        for qemu, vm_id in find_qemus(settings).items():
-            if vm_id not in live and age(qemu) > YOUNG and owner(qemu) is None:
+        for qemu, vm_id in running.find_orphans(settings).items():
+            if vm_id not in live:
                 _kill(qemu, vm_id)
         for vm_id in _directories(settings) - live:
             _try(settings, registry, vm_id)
         registry.forget_old()
     return settled
-
-
-def settle(settings: Settings, vm_id: str, *, locked: bool = False) -> bool:
-    """Settle one VM's record as `sweep` does; whether it turned out dead.
-
-    ``locked``: the caller holds its start lock.
-    """
-    with Registry(settings) as registry:
-        if locked:
-            return _settle(settings, registry, vm_id)
-        return _try(settings, registry, vm_id)
 
 
 def rebuild(settings: Settings) -> list[VmRecord]:
@@ -67,7 +54,7 @@ def rebuild(settings: Settings) -> list[VmRecord]:
     """
     added = []
     with Registry(settings) as registry:
-        for record in find_running(settings):
+        for record in running.find_running(settings):
             try:
                 if registry.get(record.vm_id).state not in ENDED:
                     continue
@@ -99,10 +86,9 @@ def _try(settings: Settings, registry: Registry, vm_id: str) -> bool:
 
 def _settle(settings: Settings, registry: Registry, vm_id: str) -> bool:
     """With the start lock in hand: look again, end what is left, say so on record."""
-    try:
-        record = registry.get(vm_id)
-    except VmNotFoundError:
-        record = None
+    record = None
+    with suppress(VmNotFoundError):
+        record = registry.get(vm_id) if registry.exists else None
     dead = record is not None and _is_dead(status_of(record))
     if record is not None and not dead and record.state not in ENDED:
         return False  # it was started meanwhile
@@ -140,10 +126,9 @@ def _cause(record: VmRecord) -> str:
 
 def _end_qemus(settings: Settings, vm_id: str, record: VmRecord | None) -> bool:
     """Kill what QEMU there is of a dead VM; False when one does not die."""
-    left = {qemu for qemu, name in find_qemus(settings).items() if name == vm_id}
-    if record is None:  # ended as far as anyone knows
-        left = {qemu for qemu in left if owner(qemu) is None and age(qemu) > YOUNG}
-    elif status_of(record).qemu_alive and record.qemu is not None:
+    find = running.find_orphans if record is None else running.find_qemus
+    left = {qemu for qemu, name in find(settings).items() if name == vm_id}
+    if record is not None and status_of(record).qemu_alive and record.qemu is not None:
         if _is_qemu(settings, record.qemu.pid):
             left.add(record.qemu)
         else:
@@ -179,7 +164,7 @@ def _directories(settings: Settings) -> set[str]:
 
 def _is_old(directory: Path) -> bool:
     try:
-        return time.time() - directory.stat().st_mtime > YOUNG
+        return time.time() - directory.stat().st_mtime > running.YOUNG
     except OSError:
         return False
 

@@ -178,6 +178,11 @@ class Registry:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def exists(self) -> bool:
+        """Whether there is a database already."""
+        return os.path.lexists(self.path)
+
     def close(self) -> None:
         """Close the database; the next use opens it again."""
         with self._mutex:
@@ -246,31 +251,13 @@ class Registry:
             return found
         raise _not_found(vm, begin or list(rows.values()), several=len(begin))
 
-    def status(self, vm_id: str) -> VmStatus:
-        """What is on record of this VM, and what lives of it.  Raises VmNotFoundError."""
-        return status_of(self.get(vm_id))
-
-    def change(self, vm_id: str, changes: Callable[[VmRecord], dict[str, Any]]) -> VmRecord:
-        """`update` by what ``changes`` makes of the row as it is, nobody else's change between.
-
-        Raises VmNotFoundError, VmStateError, and what ``changes`` raises.
-        """
-        while True:
-            record = self.get(vm_id)
-            new = changes(record)
-            try:
-                return self.update(vm_id, expected=record, **new)
-            except VmStateError:
-                if self.get(vm_id) == record:  # not because of somebody else's change
-                    raise
-
     def list(self, *, ended: bool = False) -> builtins.list[VmStatus]:
         """The VMs on record with what lives of them, the oldest first; ended ones when asked."""
         return [status_of(record) for record in self._rows("" if ended else _NOT_ENDED)]
 
     def remove(self, vm_id: str) -> None:
         """Forget the VM; again is harmless."""
-        if self._exists():
+        if self.exists:
             self._write(
                 lambda connection: connection.execute("DELETE FROM vms WHERE vm_id = ?", (vm_id,))
             )
@@ -279,7 +266,7 @@ class Registry:
         """Forget all but the newest of those that ended and were not to be kept."""
         old = f"NOT kept AND NOT ({_NOT_ENDED})"
         question = f"SELECT vm_id FROM vms WHERE {old} ORDER BY ended DESC LIMIT -1 OFFSET ?"  # noqa: S608
-        if not self._exists() or not self._read(
+        if not self.exists or not self._read(
             lambda connection: connection.execute(question, (keep,)).fetchone()
         ):
             return
@@ -287,15 +274,12 @@ class Registry:
         self._write(lambda connection: connection.execute(command, (keep,)))
 
     def _rows(self, condition: str) -> builtins.list[VmRecord]:
-        if not self._exists():
+        if not self.exists:
             from vmkernel.host.running import find_running
 
             return sorted(find_running(self._settings), key=lambda record: record.created)
         question = f"SELECT * FROM vms WHERE {condition or 'TRUE'} ORDER BY created, rowid"  # noqa: S608
         return self._read(lambda connection: [_record(row) for row in connection.execute(question)])
-
-    def _exists(self) -> bool:
-        return os.path.lexists(self.path)
 
     def _read(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         return self._do(work)
@@ -322,7 +306,8 @@ class Registry:
                 except sqlite3.Error as error:
                     if self._opened is not None:
                         inode = self._opened.inode
-                    self._close()
+                    if not schema.is_passing(error):
+                        self._close()
                     if not schema.is_damage(error):
                         raise schema.explain(error, self.path, self._timeout) from error
                     aside = schema.set_aside(self.path, inode, self._timeout)
@@ -430,7 +415,7 @@ def _not_found(vm: str, candidates: list[VmRecord], several: int = 0) -> VmNotFo
         close = [
             name
             for record, name in zip(candidates, names, strict=True)
-            if get_close_matches(vm, [record.vm_id, record.name], cutoff=0.7)
+            if vm and get_close_matches(vm, [record.vm_id, record.name], cutoff=0.7)
         ]
         text = f"there is no VM {vm!r}" + (
             f"; close to it: {', '.join(close[:3])}" if close else ""

@@ -23,6 +23,9 @@ from vmkernel.models import VmState
 if TYPE_CHECKING:
     from vmkernel.settings import Settings
 
+YOUNG = 10.0
+"""Seconds for which nothing is held against what has no owner and no row: its maker is at it."""
+
 _NAME = re.compile(r"vmkernel-(vm-[0-9a-f]{8})\.([0-9a-f]{8})")
 
 
@@ -63,12 +66,25 @@ def age(process: ProcessIdentity) -> float:
 
 def find_running(settings: Settings) -> list[VmRecord]:
     """A record for each VM that runs, as far as the process table tells it."""
-    found = find_qemus(settings)
-    return [_describe(settings, vm_id, qemu) for qemu, vm_id in found.items()]
+    return [
+        _describe(settings, vm_id, qemu, runner)
+        for qemu, vm_id in find_qemus(settings).items()
+        if (runner := owner(qemu)) or age(qemu) > YOUNG
+    ]
 
 
-def _describe(settings: Settings, vm_id: str, qemu: ProcessIdentity) -> VmRecord:
-    runner = owner(qemu)
+def find_orphans(settings: Settings) -> dict[ProcessIdentity, str]:
+    """Every QEMU of this record's VMs whose runner is dead, and which VM it is."""
+    return {
+        qemu: vm_id
+        for qemu, vm_id in find_qemus(settings).items()
+        if age(qemu) > YOUNG and owner(qemu) is None
+    }
+
+
+def _describe(
+    settings: Settings, vm_id: str, qemu: ProcessIdentity, runner: ProcessIdentity | None
+) -> VmRecord:
     words = processes.arguments(qemu.pid)
     options = dict(pairwise(words))
     fields: dict[str, Any] = {

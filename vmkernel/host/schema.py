@@ -75,9 +75,8 @@ NONSENSE = "it makes no sense"
 Inode = tuple[int, int]
 
 _LOCK_POLL = 0.005
-# Primary result codes, https://sqlite.org/rescode.html (the constants came with Python 3.11, some).
-_PERM, _BUSY, _LOCKED, _READONLY, _CORRUPT, _FULL = 3, 5, 6, 8, 11, 13
-_CANTOPEN, _PROTOCOL, _NOTADB = 14, 15, 26
+# Result codes, https://sqlite.org/rescode.html
+_BUSY, _LOCKED, _CORRUPT, _FULL, _PROTOCOL, _NOTADB = 5, 6, 11, 13, 15, 26
 _SHORT_READ = 522  # extended, of IOERR: the file ends in the midst of a page
 
 
@@ -163,8 +162,15 @@ def is_damage(error: sqlite3.Error) -> bool:
         code & 0xFF in (_CORRUPT, _NOTADB)
         or code == _SHORT_READ
         # The file says that it is of this version, and what belongs to that is not there.
-        or str(error).startswith(("no such table", "no such column", NONSENSE))
+        or str(error).startswith(
+            ("no such table", "no such column", "table vms has no column", NONSENSE)
+        )
     )
+
+
+def is_passing(error: sqlite3.Error) -> bool:
+    """Whether the connection is as good as before: it was locked, or the disk full."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in (_BUSY, _LOCKED, _FULL)
 
 
 def explain(error: sqlite3.Error, path: Path, timeout: float) -> RegistryError:

@@ -16,7 +16,6 @@ _CLEANING + n         it is being cleaned up after its runner's death: a matter 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from typing import TYPE_CHECKING
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOLDERS = 1 << 60
 _CLEANING = 1 << 61
+_DIGITS = set("0123456789abcdef")
 _PID_BITS = 22  # Linux: PID_MAX_LIMIT is 2**22 on 64-bit machines, proc(5)
 _CLEANED_WITHIN = 2.0
 """Seconds that a start waits for the clean-up after the VM's last life."""
@@ -63,11 +63,10 @@ class StartLock:
             try:
                 if try_lock(descriptor, number):
                     if _is_at(descriptor, path):
-                        lock = cls(vm_id, descriptor, number)
+                        lock, descriptor = cls(vm_id, descriptor, number), -1  # it is the lock's
                         lock._mark()
                         if cleaning:
-                            try_lock(descriptor, _CLEANING + number)
-                        descriptor = -1  # the lock's now
+                            try_lock(lock.fd, _CLEANING + number)
                         return lock
                     continue  # somebody removed the file: the lock is on nothing
                 holder = _holder(descriptor, number)
@@ -136,9 +135,9 @@ class StartLock:
 
 
 def _number(vm_id: str) -> int:
-    with contextlib.suppress(ValueError):
-        if vm_id.startswith("vm-") and len(vm_id) == len("vm-12345678"):
-            return int(vm_id[3:], 16)
+    digits = vm_id.removeprefix("vm-")
+    if len(vm_id) == len("vm-12345678") == len(digits) + 3 and not set(digits) - _DIGITS:
+        return int(digits, 16)
     raise VmNotFoundError(
         f"{vm_id!r} is no VM's id: those are like vm-1a2b3c4d",
         hint="see which VMs there are: `vmkernel ps`",
