@@ -12,6 +12,7 @@ The tree::
     ├── RegistryError            the record of VMs cannot be read or written
     ├── VmCapacityError          no VM slot was free in time
     ├── VmOverlayError           the VM's scratch disk could not be made
+    ├── VmFileError              a file could not be passed into a VM or out of it
     ├── VmBootError              QEMU or the guest did not come up
     └── VmGuestError             a guest that was up died or broke the protocol
         ├── VmTimeoutError       code took longer than it was given (also a TimeoutError)
@@ -23,7 +24,7 @@ A foreign exception is wrapped once, where it enters, with ``raise … from``.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 CodeRan = Literal["no", "unknown"]
 
@@ -98,6 +99,10 @@ class VmOverlayError(VmError):
     """The VM's scratch disk could not be made."""
 
 
+class VmFileError(VmError):
+    """A file could not be passed into a VM or out of it; the VM is none the worse for it."""
+
+
 class VmBootError(VmError):
     """QEMU did not start, or the guest did not get ready."""
 
@@ -107,8 +112,12 @@ class VmGuestError(VmError):
 
 
 class VmTimeoutError(VmGuestError, TimeoutError):
-    """Code took longer than its time limit; its VM was destroyed.  What it had put out is lost
-    unless ``on_output`` saw it."""
+    """Code took longer than its time limit; its VM was destroyed.
+
+    ``result`` is a `vmkernel.RunResult` with what it had put out until then, or None.
+    """
+
+    result: Any = None
 
 
 class ProtocolError(VmGuestError):

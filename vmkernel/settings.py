@@ -224,9 +224,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             value = getattr(self, name)
             if value == _IN_ITS_DIR:
                 value = {
-                    "semaphore_file": self.runtime_dir / "slots",
-                    "database_file": self.state_dir / "vms.sqlite",
-                    "history_file": self.state_dir / "history.sqlite",
+                    "semaphore_file": Path(self.runtime_dir) / "slots",
+                    "database_file": Path(self.state_dir) / "vms.sqlite",
+                    "history_file": Path(self.state_dir) / "history.sqlite",
                 }[name]
             msgspec.structs.force_setattr(self, name, _parse(name, field, value, "the program"))
 
@@ -319,6 +319,21 @@ def load_settings_with_sources(
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             take(name, value, f"environment variable {variable}")
     return LoadedSettings(Settings(**values), sources)
+
+
+def dump_settings(settings: Settings) -> dict[str, Any]:
+    """The settings as plain values of JSON, for another process or a later day."""
+    values: dict[str, Any] = msgspec.to_builtins(settings, enc_hook=str)
+    return values
+
+
+def restore_settings(values: Mapping[str, Any]) -> Settings:
+    """Settings from `dump_settings`; what this version does not know is left out.
+
+    Raises:
+        SettingsError: a value is not allowed.
+    """
+    return Settings(**{name: value for name, value in values.items() if name in FIELDS})
 
 
 def _parse(name: str, field: Field, value: object, source: str) -> Any:

@@ -17,6 +17,10 @@ COMMANDS = [
     messages.Interrupt(),
     messages.StartKernel(marker=b"m" * 16),
     messages.Stats(),
+    messages.ReadFile(path=b"\xff/a", offset=2**40, size=messages.MAX_CHUNK),
+    messages.WriteFile(path=b"a", offset=0, mode=0o644, truncate=True),
+    messages.ListFiles(path=b"/", skip=256),
+    messages.MakeDirectory(path=b"a", mode=0o755),
 ]
 EVENTS = [
     messages.Hello("6.12", "3.13"),

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from vmkernel.guest import usage, wake
+from vmkernel.guest.files import Files
 from vmkernel.guest.port import Port, open_port
 from vmkernel.protocol import frames, messages
 
@@ -56,6 +57,7 @@ class Agent:
         self._status = -1
         self._oom_kills = 0
         self._meter = usage.Meter()
+        self._files = Files(become_user, self._reply)
         self._config: dict[str, Any] = {}
         self._template = True  # in the making, until somebody wakes it
         self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -80,21 +82,23 @@ class Agent:
             raise
         rehearse_wake()
         self.start_kernel(None)
-        poll = select.poll()
-        poll.register(self.port.fd, select.POLLIN)
-        poll.register(self._signal_read, select.POLLIN)
         while True:
-            if self._status >= 0:
-                poll.register(self._status, select.POLLIN)
-            for fd, _ in poll.poll():
+            poll = select.poll()
+            for fd in (self._signal_read, self._status, self._files.fd, self.port.fd):
+                if fd >= 0:
+                    poll.register(fd, select.POLLIN)
+            # One at a time: what is done for it may close another
+            for fd, _ in poll.poll(self._files.time_left())[:1]:
                 if fd == self._signal_read:
                     self._reap()
                 elif fd == self._status:
-                    poll.unregister(fd)
                     self._on_status()
-                elif fd == self.port.fd:
+                elif fd == self._files.fd:
+                    self._files.receive()
+                else:
                     for message in self.port.receive():
                         self._on_message(message)
+            self._files.check()
 
     # --- the guest kernel ---
 
@@ -119,6 +123,7 @@ class Agent:
                 # What a fork inherits but user code must not have: the agent's own way to the host
                 for fd in (self.port.fd, self._signal_read, self._signal_write, status):
                     os.close(fd)
+                self._files.disown()
                 run = run_relay if self._config["engine"] == "relay" else run_engine
                 run(self.kernel_ports, dict(self._outputs), status_write, marker, self._config)
                 os._exit(0)
@@ -181,13 +186,21 @@ class Agent:
     # --- the host's commands ---
 
     def _on_message(self, message: bytearray) -> None:
-        call = messages.decode(frames.split(message)[0], messages.Call)
+        body, buffers = frames.split(message)
+        call = messages.decode(body, messages.Call)
         try:
+            if isinstance(call.command, messages.FileCommand):
+                self._files.submit(call.id, bytes(body), buffers[0] if buffers else b"")
+                return  # its reply comes when it comes
             result = self._perform(call.command) or {}
             error = ""
         except Exception as failure:  # whatever it was: the host must hear of it
             result, error = {}, f"{type(failure).__name__}: {failure}"
         self.send(messages.Reply(call.id, error, result))
+
+    def _reply(self, number: int, result: dict[str, Any], data: memoryview) -> None:
+        """Answer a command about files, with the bytes of one."""
+        self.port.send(messages.encode_json(messages.Reply(number, "", result)), (data,))
 
     def _perform(self, command: messages.Command) -> dict[str, Any] | None:
         match command:

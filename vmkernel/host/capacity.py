@@ -105,6 +105,16 @@ class Slot:
         self._lease = lease
         self._ended = False
 
+    @classmethod
+    def adopt(cls, path: Path, descriptor: int, index: int, lease: int) -> Slot:
+        """A slot whose descriptor this process inherited.  Raises VmCapacityError."""
+        return cls(SlotFile(path), descriptor, index, lease, "")
+
+    @property
+    def lease(self) -> int:
+        """A number that tells this taking of the slot from all later ones."""
+        return self._lease
+
     @property
     def fd(self) -> int:
         """The descriptor that carries the lock, for ``pass_fds``; ValueError once closed."""
@@ -255,6 +265,10 @@ class Semaphore:
         False when the file cannot be watched; VmCapacityError when it cannot be used.
         """
         return watch.follow(self._current().fileno())
+
+    def lease_holds(self, lease: int) -> bool:
+        """Whether this taking of a slot (`Slot.lease`) is still alive, in whatever process."""
+        return any(file.lease_holds(lease) for file in (self._current(), *self._replaced))
 
     def check(self) -> None:
         """Prove that slots can be taken (file, permission, locks); VmCapacityError if not."""

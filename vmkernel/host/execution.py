@@ -106,10 +106,10 @@ class Executor:
             finally:
                 self._current = None
 
-    def answer(self, value: str) -> None:
-        """What was typed for the running code's input()."""
+    def answer(self, question: str, value: str) -> None:
+        """What was typed for an `InputRequest`; too late when its run has ended."""
         run, guest = self._current, self._guest
-        if run is not None and run.asked and guest is not None:
+        if run is not None and run.msg_id == question and run.asked and guest is not None:
             run.asked = False
             guest.send(_request("stdin", run.msg_id, "input_reply", {"value": value}))
 
@@ -139,7 +139,8 @@ class Executor:
         if message.channel == "stdin" and message.msg_type == "input_request":
             run.asked = True
             content = message.content
-            run.emit(InputRequest(str(content.get("prompt", "")), content.get("password") is True))
+            prompt, password = str(content.get("prompt", "")), content.get("password") is True
+            run.emit(InputRequest(run.msg_id, prompt, password))
         elif message.msg_type == "execute_reply":
             run.reply = message.content
         elif message.msg_type in SHOWN:

@@ -47,6 +47,17 @@ def sweep(settings: Settings) -> list[str]:
     return settled
 
 
+def settle(settings: Settings, vm_id: str, *, locked: bool = False) -> bool:
+    """Settle one VM's record as `sweep` does; whether it turned out dead.
+
+    ``locked``: the caller holds its start lock.
+    """
+    with Registry(settings) as registry:
+        if locked:
+            return _settle(settings, registry, vm_id)
+        return _try(settings, registry, vm_id)
+
+
 def rebuild(settings: Settings) -> list[VmRecord]:
     """Put VMs that run on record, where they are not; their rows, as the process table tells them.
 

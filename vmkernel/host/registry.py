@@ -251,6 +251,24 @@ class Registry:
             return found
         raise _not_found(vm, begin or list(rows.values()), several=len(begin))
 
+    def status(self, vm_id: str) -> VmStatus:
+        """What is on record of this VM, and what lives of it.  Raises VmNotFoundError."""
+        return status_of(self.get(vm_id))
+
+    def change(self, vm_id: str, changes: Callable[[VmRecord], dict[str, Any]]) -> VmRecord:
+        """`update` by what ``changes`` makes of the row as it is, nobody else's change between.
+
+        Raises VmNotFoundError, VmStateError, and what ``changes`` raises.
+        """
+        while True:
+            record = self.get(vm_id)
+            new = changes(record)
+            try:
+                return self.update(vm_id, expected=record, **new)
+            except VmStateError:
+                if self.get(vm_id) == record:  # not because of somebody else's change
+                    raise
+
     def list(self, *, ended: bool = False) -> builtins.list[VmStatus]:
         """The VMs on record with what lives of them, the oldest first; ended ones when asked."""
         return [status_of(record) for record in self._rows("" if ended else _NOT_ENDED)]

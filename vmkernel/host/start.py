@@ -435,6 +435,11 @@ def prune_logs(settings: Settings) -> None:
             _remove_tree(path)
 
 
+def remove_logs(settings: Settings, vm_id: str) -> None:
+    """Remove what a VM that ended well has left in the logs."""
+    _remove_tree(log_dir(settings, vm_id))
+
+
 def _remove_tree(path: Path) -> None:
     import shutil  # with it come the compressors; a VM is to start before
 

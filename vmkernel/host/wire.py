@@ -10,6 +10,10 @@ Where it stands: under ``host.runner`` and ``host.client``.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,6 +23,8 @@ from vmkernel.errors import VmError, VmGuestError
 from vmkernel.protocol import messages
 from vmkernel.protocol.messages import ShortStr
 
+CONTROL_SOCKET = "control.sock"
+"""Its name in the VM's directory."""
 ABOUT_THE_VM = 0
 """The number of an event that answers no request."""
 
@@ -80,9 +86,9 @@ class Run(msgspec.Struct, tag="run", forbid_unknown_fields=True):
 
 
 class Answer(msgspec.Struct, tag="answer", forbid_unknown_fields=True):
-    """What was typed for the `InputRequest` about request ``run``."""
+    """What was typed for an `InputRequest`, which ``question`` names."""
 
-    run: int
+    question: ShortStr
     value: str
 
 
@@ -101,7 +107,7 @@ class Ask(msgspec.Struct, tag="ask", forbid_unknown_fields=True):
 
 
 class Stop(msgspec.Struct, tag="stop", forbid_unknown_fields=True):
-    """End the VM and the runner; ``why`` is for the record.  Answered before the end."""
+    """End the VM and the runner; ``why`` is for the record.  Answered when the VM is gone."""
 
     why: str
 
@@ -136,6 +142,7 @@ class Output(msgspec.Struct, tag="output", forbid_unknown_fields=True):
 class InputRequest(msgspec.Struct, tag="input", forbid_unknown_fields=True):
     """The code calls input() or getpass()."""
 
+    question: ShortStr
     prompt: str
     password: bool
 
@@ -173,6 +180,16 @@ class RunEnd(msgspec.Struct, forbid_unknown_fields=True):
     exit_code: int
     duration: float
     error: tuple[str, str, list[str]] | None = None
+
+
+@contextmanager
+def short_path(directory: Path) -> Iterator[str]:
+    """A path of that directory that leaves room for a name: unix(7) allows a socket 107 bytes."""
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
 
 
 def encode(message: Request | FromRunner) -> bytes:

@@ -154,6 +154,38 @@ def list_images(settings: Settings) -> list[tuple[str, Image | ImageError]]:
     return found
 
 
+RECIPES = {"python": "datascience", "bash": "bash"}
+"""The recipe that speaks a language, when no image at hand does."""
+
+
+def recipe_for_language(language: str, settings: Settings) -> str:
+    """The settings' recipe if its kernel speaks ``language``, else one of an image that does.
+
+    Raises:
+        ImageError: nothing speaks it.
+    """
+    try:
+        if find_image(settings.recipe, settings).recipe.language.name == language:
+            return settings.recipe
+    except ImageError:
+        if RECIPES.get(language) == settings.recipe:
+            raise
+    speaking = [
+        name
+        for name, image in list_images(settings)
+        if isinstance(image, Image) and image.recipe.language.name == language
+    ]
+    if RECIPES.get(language) in speaking or (not speaking and language in RECIPES):
+        return RECIPES[language]
+    if not speaking:
+        raise ImageError(
+            f"There is no image whose kernel speaks {language!r} in {settings.images_dir}.",
+            hint="build one (docs/recipes.md), or name a recipe: recipe=…; "
+            "`vmkernel image list` shows what there is",
+        )
+    return speaking[0]
+
+
 def verify_image(
     name: str, settings: Settings, *, progress: Callable[[str, float], None] | None = None
 ) -> Image:

@@ -109,7 +109,59 @@ class Stats(msgspec.Struct, tag="stats", forbid_unknown_fields=True):
     """Ask what the guest kernel and the machine use: the reply's result is a `Usage`."""
 
 
-Command = Wake | SetClock | Interrupt | StartKernel | Stats
+MAX_CHUNK = 512 << 10
+"""Bytes of a file that travel at once, as the one buffer of a call or its reply."""
+MAX_ENTRIES = 256
+"""Entries of a directory that are told at once."""
+
+Amount = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+# Bytes, as names are on Linux: what is no UTF-8 would be no JSON, either.
+FilePath = Annotated[bytes, msgspec.Meta(min_length=1, max_length=4096)]
+FileMode = Annotated[int, msgspec.Meta(ge=0, le=0o7777)]
+
+
+class ReadFile(msgspec.Struct, tag="read_file", forbid_unknown_fields=True):
+    """Bytes of a regular file, from ``offset``; none when it ends there.
+
+    This and the commands below are carried out with the rights of the guest's user; a relative
+    path begins at the user's home.  :mod:`vmkernel.protocol.files` has the results: here a
+    `FileChunk` with one buffer, or, as with all of them, a `FileRefusal`.
+    """
+
+    path: FilePath
+    offset: Amount
+    size: Annotated[int, msgspec.Meta(ge=0, le=MAX_CHUNK)]
+
+
+class WriteFile(msgspec.Struct, tag="write_file", forbid_unknown_fields=True):
+    """Put the call's one buffer into a regular file; the result is empty.
+
+    A file that is not there is made, with the permissions ``mode``; ``truncate``: it ends after
+    what is written.
+    """
+
+    path: FilePath
+    offset: Amount
+    mode: FileMode
+    truncate: bool
+
+
+class ListFiles(msgspec.Struct, tag="list_files", forbid_unknown_fields=True):
+    """What a path is and, of a directory, what is in it from entry ``skip`` on: `FileListing`."""
+
+    path: FilePath
+    skip: Amount
+
+
+class MakeDirectory(msgspec.Struct, tag="make_directory", forbid_unknown_fields=True):
+    """Make a directory, or find it there; the result is empty."""
+
+    path: FilePath
+    mode: FileMode
+
+
+FileCommand = ReadFile | WriteFile | ListFiles | MakeDirectory
+Command = Wake | SetClock | Interrupt | StartKernel | Stats | FileCommand
 
 
 class Call(msgspec.Struct, forbid_unknown_fields=True):
@@ -166,7 +218,6 @@ class Reply(msgspec.Struct, tag="reply", forbid_unknown_fields=True):
 FromAgent = Hello | Ready | KernelDied | Failed | Reply
 
 
-Amount = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 Percent = Annotated[float, msgspec.Meta(ge=0, le=1e6)]
 
 

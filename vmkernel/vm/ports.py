@@ -31,6 +31,8 @@ class Port(asyncio.Protocol):
     def __init__(self, name: str, on_message: OnMessage, on_lost: OnLost) -> None:
         self.name = name
         self.received = 0
+        self.on_congested: Callable[[bool], None] = lambda congested: None
+        """Called with True when the peer is slow to take what was sent, with False when it did."""
         self._on_message = on_message
         self._on_lost = on_lost
         self._reader = frames.FrameReader()
@@ -64,6 +66,13 @@ class Port(asyncio.Protocol):
     def unsent(self) -> int:
         """Bytes that the guest has not taken yet."""
         return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    @property
+    def socket(self) -> socket.socket:
+        """The socket, while it is connected, for questions about the peer."""
+        assert self._transport is not None
+        sock: socket.socket = self._transport.get_extra_info("socket")
+        return sock
 
     def send(self, body: bytes, buffers: Sequence[frames.Piece] = ()) -> None:
         """Write a message; what the guest does not take yet is kept.
@@ -125,6 +134,14 @@ class Port(asyncio.Protocol):
             self._broken = True
             self._on_lost(error)
 
+    def pause_writing(self) -> None:
+        """More than asyncio's high-water mark (64 KiB) waits to be sent."""
+        self.on_congested(True)
+
+    def resume_writing(self) -> None:
+        """The peer has caught up."""
+        self.on_congested(False)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed, by us or by QEMU's end."""
         self._transport = None
@@ -133,12 +150,15 @@ class Port(asyncio.Protocol):
             self._on_lost(None)
 
 
+_Answer = tuple[messages.Reply, list[memoryview]]
+
+
 class AgentPort:
     """Calls to the guest agent, and its events."""
 
     def __init__(self, on_event: Callable[[messages.FromAgent], None]) -> None:
         self._on_event = on_event
-        self._calls: dict[int, asyncio.Future[messages.Reply]] = {}
+        self._calls: dict[int, asyncio.Future[_Answer]] = {}
         self._next = 0
         self._port: Port | None = None
 
@@ -156,15 +176,24 @@ class AgentPort:
 
         Raises VmGuestError when it fails, does not answer within ``timeout`` seconds, or is gone.
         """
+        return (await self.exchange(command, (), timeout))[0]
+
+    async def exchange(
+        self,
+        command: messages.Command,
+        buffers: Sequence[frames.Piece] = (),
+        timeout: float = 60.0,
+    ) -> tuple[dict[str, Any], list[memoryview]]:
+        """As :meth:`call`, with the bytes that go along in either direction: a file's."""
         if self._port is None:
             raise _gone()
         self._next += 1
         number = self._next
         future = self._calls[number] = asyncio.get_running_loop().create_future()
         try:
-            self._port.send(messages.encode_json(messages.Call(number, command)))
+            self._port.send(messages.encode_json(messages.Call(number, command)), buffers)
             async with asyncio.timeout(timeout):
-                reply = await future
+                reply, received = await future
         except TimeoutError as error:
             raise VmGuestError(
                 f"the guest agent did not answer to {type(command).__name__} in {timeout:g} s",
@@ -179,7 +208,7 @@ class AgentPort:
                 hint="restart the kernel",
             )
         result: dict[str, Any] = reply.result
-        return result
+        return result, received
 
     def close(self) -> None:
         """Hang up; who waits for an answer is told."""
@@ -200,7 +229,7 @@ class AgentPort:
             call = self._calls.get(message.id)
             if call is None or call.done():
                 return  # late, or forged: nobody waits for it
-            call.set_result(message)
+            call.set_result((message, buffers))
         else:
             self._on_event(message)
 

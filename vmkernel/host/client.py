@@ -1,0 +1,260 @@
+"""Starting a runner and speaking with one: the near end of ``host.runner``'s sockets.
+
+Where it stands: under ``host.handle`` and ``host.manager``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vmkernel.errors import ProtocolError, VmBootError, VmError, VmGuestError
+from vmkernel.host import wire
+from vmkernel.host.capacity import Slot
+from vmkernel.host.processes import ProcessIdentity, identify
+from vmkernel.host.startlock import StartLock
+from vmkernel.protocol import frames, messages
+from vmkernel.settings import Settings
+from vmkernel.vm.ports import Port
+
+# What a runner needs of our environment: programs, words, and the way to a user's systemd.
+_PASSED = (
+    "DBUS_SESSION_BUS_ADDRESS", "HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "TZ", "USER",
+    "VMKERNEL_TRACE", "XDG_RUNTIME_DIR",
+)  # fmt: skip
+
+OnEvent = Callable[[wire.Event], None]
+_PROGRAM = Path(__file__).with_name("run_vm.py")
+_LOG_TAIL = 4000
+
+
+class RunnerProcess:
+    """A runner that this process has started.  ``identity`` tells it from later ones of its pid."""
+
+    def __init__(self, vm_id: str, process: subprocess.Popen[bytes], log_path: Path) -> None:
+        self.vm_id = vm_id
+        self.log_path = log_path
+        found = identify(process.pid)
+        self.identity = found or ProcessIdentity(process.pid, 0)
+        self._process = process
+        self._loop = asyncio.get_running_loop()
+        self._ended: asyncio.Future[int] = self._loop.create_future()
+        self._pidfd = os.pidfd_open(process.pid)  # ours to reap, so the number is still its own
+        self._loop.add_reader(self._pidfd, self._on_exit)
+
+    def __repr__(self) -> str:
+        state = f"ended {self._ended.result()}" if self._ended.done() else "running"
+        return f"<RunnerProcess pid={self.identity.pid} {state}>"
+
+    def _on_exit(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._ended.set_result(self._process.wait())
+
+    async def wait(self) -> int:
+        """Until it has ended; its exit status, or minus the signal's number."""
+        return await asyncio.shield(self._ended)
+
+    def forget(self) -> None:
+        """It lives on without us."""
+        if not self._ended.done():
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._process.returncode = 0  # else subprocess warns of a child that is left running
+            self._ended.set_result(0)
+
+    def kill(self) -> None:
+        """SIGKILL, if it has not ended; QEMU dies with it."""
+        if not self._ended.done():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def last_words(self) -> str:
+        """The end of its log."""
+        try:
+            data = self.log_path.read_bytes()
+        except OSError:
+            return ""
+        return data[-_LOG_TAIL:].decode(errors="replace").strip()
+
+
+def spawn_runner(
+    settings: Settings, vm_id: str, log_dir: Path, slot: Slot, lock: StartLock
+) -> tuple[RunnerProcess, socket.socket]:
+    """Start a runner, which inherits slot and start lock (our copies stay ours to close).
+
+    Returns it and our end of its socket.  Raises VmBootError.
+    """
+    ours, theirs = socket.socketpair()
+    log_path = log_dir / "runner.log"
+    try:
+        log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log = os.open(
+            log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+        inherited = (theirs.fileno(), slot.fd, lock.fd)
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(_PROGRAM), vm_id, str(settings.database_file.resolve()),
+                 *map(str, inherited)],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=inherited, cwd="/",
+                env={name: os.environ[name] for name in _PASSED if name in os.environ},
+                start_new_session=True,  # Ctrl-C in our terminal is not for it
+            )  # fmt: skip
+        finally:
+            os.close(log)
+    except OSError as error:
+        ours.close()
+        raise VmBootError(
+            f"the runner of {vm_id} could not be started: {error}",
+            hint=f"check room and permissions of {log_dir}, and the limits on open files and "
+            "processes (`vmkernel doctor`)",
+        ) from error
+    finally:
+        theirs.close()
+    return RunnerProcess(vm_id, process, log_path), ours
+
+
+class Connection:
+    """A connection to a runner; made by :meth:`open` or :meth:`reach`."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.ended: asyncio.Future[VmError | None] = loop.create_future()
+        """Resolves when the VM has ended: to the reason, or None when it was asked to."""
+        self.heard = loop.time()
+        """When the runner last said something, on the loop's clock."""
+        self._port = Port("runner", self._on_message, self._on_lost)
+        self._next = wire.ABOUT_THE_VM
+        self._calls: dict[int, tuple[asyncio.Future[_Answer], OnEvent | None]] = {}
+        self._closed = False
+
+    @classmethod
+    async def open(cls, sock: socket.socket) -> Connection:
+        """Speak over a connected socket, which becomes the connection's to close."""
+        connection = cls()
+        loop = asyncio.get_running_loop()
+        await loop.create_connection(lambda: connection._port, sock=sock)
+        return connection
+
+    @classmethod
+    async def reach(cls, directory: Path) -> Connection:
+        """Connect to the runner whose VM's directory this is.  Raises OSError."""
+        connection = cls()
+        loop = asyncio.get_running_loop()
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        sock.setblocking(False)
+        try:
+            with wire.short_path(directory) as path:
+                await loop.sock_connect(sock, f"{path}/{wire.CONTROL_SOCKET}")
+            await loop.create_connection(lambda: connection._port, sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        return connection
+
+    @property
+    def connected(self) -> bool:
+        """Whether the runner is there to be asked."""
+        return self._port.connected and not self.ended.done()
+
+    async def call(
+        self,
+        call: wire.Call,
+        *,
+        on_event: OnEvent | None = None,
+        buffers: Sequence[frames.Piece] = (),
+    ) -> tuple[dict[str, Any], list[memoryview]]:
+        """Ask the runner for something; its result, and the buffers that came with it.
+
+        Cancelling a `wire.Run` interrupts the code and waits for its end.  Raises the VmError that
+        the runner answers with, or VmGuestError when it is gone.
+        """
+        if not self._port.connected:
+            raise self._gone()
+        self._next += 1
+        number = self._next
+        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
+        self._calls[number] = answer, on_event
+        try:
+            self._port.send(wire.encode(wire.Request(number, call)), buffers)
+            try:
+                return await asyncio.shield(answer)
+            except asyncio.CancelledError:
+                if isinstance(call, wire.Run):
+                    await self._cancel(number, answer)
+                raise
+        finally:
+            del self._calls[number]
+
+    def tell(self, call: wire.Call) -> None:
+        """Ask for something whose answer does not matter."""
+        if self._port.connected:
+            self._next += 1
+            self._port.send(wire.encode(wire.Request(self._next, call)))
+
+    async def _cancel(self, number: int, answer: asyncio.Future[_Answer]) -> None:
+        self._calls[number] = answer, None  # its output is for nobody
+        self.tell(wire.Interrupt(run=number))
+        await asyncio.wait([answer])
+        if not answer.cancelled():
+            answer.exception()  # seen
+
+    def close(self) -> None:
+        """Hang up."""
+        self._closed = True
+        self._port.close()
+        self._fail(None)
+
+    def _gone(self) -> VmError:
+        error = self.ended.result() if self.ended.done() else None
+        return error or VmGuestError("the VM has ended", hint="create another one")
+
+    def _on_message(self, body: memoryview, buffers: list[memoryview]) -> None:
+        message = messages.decode(body, wire.FromRunner)
+        self.heard = asyncio.get_running_loop().time()
+        if isinstance(message.event, wire.Ended):
+            failure = message.event.failure
+            self._fail(failure.error() if failure else None)
+            return
+        answer, on_event = self._calls.get(message.id, (None, None))
+        if answer is None or answer.done():
+            return
+        if not isinstance(message.event, wire.Reply):
+            if on_event is not None:
+                on_event(message.event)
+        elif message.event.failure is not None:
+            answer.set_exception(message.event.failure.error())
+        else:
+            answer.set_result((message.event.result, buffers))
+
+    def _on_lost(self, error: ProtocolError | None) -> None:
+        self._fail(
+            VmGuestError(
+                "the VM's runner has ended, and the VM with it"
+                if error is None
+                else f"the VM's runner does not keep to the protocol: {error}",
+                hint="was it killed? (`dmesg` tells of a lack of memory) Create another VM",
+                code_ran="unknown",
+            )
+        )
+        self._port.close()
+
+    def _fail(self, error: VmError | None) -> None:
+        if not self.ended.done():
+            self.ended.set_result(error)
+        for answer, _ in self._calls.values():
+            if not answer.done():
+                answer.set_exception(self._gone())
+                answer.exception()  # seen: its waiter may be gone
+
+
+_Answer = tuple[dict[str, Any], list[memoryview]]
