@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import vmkernel
+from vmkernel.vm.limits import find_holder
 
 COMMAND = str(Path(sys.executable).with_name("vmkernel"))
 
@@ -218,6 +219,16 @@ def test_doctor_warns_of_low_limits():
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert checks["limits"]["state"] == "warning"
     assert "ulimit -n" in checks["limits"]["remedy"]
+
+
+def test_doctor_tells_what_a_cpu_quota_means_here():
+    holder = find_holder(os.geteuid(), os.environ)
+    _, checks = _doctor()
+    assert checks["CPU quota"]["state"] == "ok"
+    assert holder.evidence in checks["CPU quota"]["found"]
+    _, checks = _doctor(VMKERNEL_CPU_QUOTA="50%")
+    assert checks["CPU quota"]["state"] == ("ok" if holder.manager else "warning")
+    assert "50 %" in checks["CPU quota"]["found"]
 
 
 def test_doctor_sees_a_kernelspec_and_a_dead_one(tmp_path):

@@ -23,12 +23,14 @@ from vmkernel.errors import TemplateError, VmBootError, VmGuestError
 from vmkernel.vm import accel
 from vmkernel.vm.command import Machine, qemu_argv
 from vmkernel.vm.console import ConsoleLog
+from vmkernel.vm.limits import Limits, start_command
 from vmkernel.vm.loading import StateLoader, request_load
 from vmkernel.vm.monitor import Monitor, save_state
 from vmkernel.vm.qemu import QemuProcess, find_qemu
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(60)]
 PATH = os.environ.get("PATH", os.defpath)
+LIMITS = Limits(512)
 NAMES = ("monitor", "kernel", "agent", "control", "console")
 
 
@@ -83,6 +85,7 @@ class Bench:
                 [*qemu_argv(machine), *extra],
                 pass_fds=(*machine.fds(), *keep),
                 log_path=self.directory / "qemu.log",
+                limits=LIMITS,
             )
         finally:
             os.close(scratch)
@@ -170,7 +173,10 @@ class TestStart:
 
     async def test_it_starts_without_an_event_loop_and_can_be_given_up(self, bench: Bench) -> None:
         process = QemuProcess.spawn(
-            [bench.qemu, "-S", "-display", "none"], pass_fds=(), log_path=bench.directory / "log"
+            [bench.qemu, "-S", "-display", "none"],
+            pass_fds=(),
+            log_path=bench.directory / "log",
+            limits=LIMITS,
         )
         process.abandon()
         assert not psutil.pid_exists(process.pid)
@@ -182,7 +188,9 @@ class TestStart:
                 find_qemu(name, PATH)
             assert "apt install qemu-system-x86" in caught.value.hint
         with pytest.raises(VmBootError):
-            QemuProcess.spawn(["/no/such/qemu"], pass_fds=(), log_path=tmp_path / "log")
+            QemuProcess.spawn(
+                ["/no/such/qemu"], pass_fds=(), log_path=tmp_path / "log", limits=LIMITS
+            )
 
     def test_a_closed_directory_on_the_path_is_passed_over(self, tmp_path: Path) -> None:
         closed = tmp_path / "closed"
@@ -229,7 +237,10 @@ class TestEnd:
             "i=0; while [ $i -lt 40 ]; do head -c 65536 /dev/zero >&2; i=$((i+1)); done; exit 3"
         )
         process = QemuProcess.spawn(
-            ["/bin/sh", "-c", script], pass_fds=(), log_path=tmp_path / "qemu.log"
+            ["/bin/sh", "-c", script],
+            pass_fds=(),
+            log_path=tmp_path / "qemu.log",
+            limits=LIMITS,
         )
         process.watch()
         await asyncio.sleep(0.2)
@@ -262,10 +273,9 @@ class TestEnd:
             parent.kill()
 
     def test_it_does_not_start_for_a_parent_that_is_gone(self) -> None:
-        from vmkernel.vm import qemu
 
         stale = subprocess.run(
-            ["/bin/sh", "-c", qemu._START, "1", "/bin/echo", "started"],
+            start_command(["/bin/echo", "started"], LIMITS, None, parent=1),
             capture_output=True,
             check=False,
         )
@@ -279,11 +289,13 @@ def bench_script(tmp_path: Path) -> list[str]:
     script.write_text(f"""
 import signal, time
 from pathlib import Path
+from vmkernel.vm.limits import Limits
 from vmkernel.vm.qemu import QemuProcess, find_qemu
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 argv = [find_qemu("qemu-system-x86_64", {PATH!r}), "-M", "microvm", "-S", "-nodefaults",
         "-display", "none"]
-process = QemuProcess.spawn(argv, pass_fds=(), log_path=Path({str(tmp_path)!r}) / "qemu.log")
+log = Path({str(tmp_path)!r}) / "qemu.log"
+process = QemuProcess.spawn(argv, pass_fds=(), log_path=log, limits=Limits(512))
 while "qemu" not in Path(f"/proc/{{process.pid}}/comm").read_text():
     time.sleep(0.01)
 time.sleep(0.2)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from vmkernel.cli.checks_host import (
     Check,
     build_tools,
+    cpu_quota,
     disk_space,
     limits,
     memory,
@@ -55,6 +56,7 @@ def run_checks() -> list[Check]:
         ("disk space", disk_space),
         ("memory", memory),
         ("limits", limits),
+        ("CPU quota", cpu_quota),
         ("kernelspec", _kernelspec),
     )
     for name, look in rest:

@@ -131,11 +131,32 @@ def memory(settings: Settings) -> Check:
     return Check("memory", "ok", found)
 
 
+def cpu_quota(settings: Settings) -> Check:
+    """What a VM's CPU quota means on this host."""
+    from vmkernel.vm.limits import NICE, Limits, describe, find_holder
+
+    name = "CPU quota"
+    holder = find_holder(os.geteuid(), os.environ)
+    if settings.cpu_quota is not None:
+        found = describe(Limits(settings.memory, settings.cpu_quota), holder)
+        state: State = "ok" if holder.manager else "warning"
+        return Check(
+            name, state, found,
+            "run it under systemd with cgroup v2, or set VMKERNEL_CPU_QUOTA=none",
+        )  # fmt: skip
+    if holder.manager:
+        return Check(name, "ok", f"none is set; it would be held by {holder.evidence}")
+    return Check(
+        name, "ok", f"none is set; here it would be low priority, nice {NICE} ({holder.evidence})"
+    )
+
+
 def limits(settings: Settings) -> Check:
     """The limits of this shell, which a kernel started from it inherits."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     tasks, _ = resource.getrlimit(resource.RLIMIT_NPROC)
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    data, _ = resource.getrlimit(resource.RLIMIT_DATA)
 
     def show(limit: int) -> str:
         return "unlimited" if limit == resource.RLIM_INFINITY else str(limit)
@@ -153,6 +174,10 @@ def limits(settings: Settings) -> Check:
     ):
         found += f", address space {address_space // 2**20} MiB"
         low.append("ulimit -v unlimited")
+    # QEMU gets a limit of its own, which is no higher than this one
+    if data != resource.RLIM_INFINITY and data < settings.memory * 2**20 + GIB:
+        found += f", data {data // 2**20} MiB"
+        low.append("ulimit -d unlimited")
     if low:
         return Check("limits", "warning", found, f"raise them: {', '.join(low)}")
     return Check("limits", "ok", found)

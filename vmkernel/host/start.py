@@ -504,6 +504,7 @@ def _spawn_clone(
             msgspec.structs.replace(machine, tag=tag_of(settings.database_file)),
             directory,
             keep_fds=(slot.fd, state),
+            cpu_quota=settings.cpu_quota,
         )
     except OSError as error:
         raise VmBootError(

@@ -21,6 +21,7 @@ from vmkernel.errors import ProtocolError, VmBootError, VmError, VmGuestError
 from vmkernel.protocol import messages
 from vmkernel.vm.command import Machine, qemu_argv
 from vmkernel.vm.console import ConsoleLog
+from vmkernel.vm.limits import Limits
 from vmkernel.vm.qemu import QemuProcess
 
 if TYPE_CHECKING:
@@ -57,11 +58,18 @@ class Spawned(msgspec.Struct):
             sock.close()
 
 
-def spawn(machine: Machine, vm_dir: Path, *, keep_fds: tuple[int, ...] = ()) -> Spawned:
+def spawn(
+    machine: Machine,
+    vm_dir: Path,
+    *,
+    keep_fds: tuple[int, ...] = (),
+    cpu_quota: int | None = None,
+) -> Spawned:
     """Start QEMU for ``machine``, whose socket descriptors are filled in here.
 
     ``vm_dir`` exists and gets ``qemu.log``.  ``keep_fds`` are inherited too (the slot's
-    lock).  From the main thread only (see vm.qemu).  Raises VmBootError.
+    lock).  ``cpu_quota`` in per cent of one processor.  From the main thread only (see vm.qemu).
+    Raises VmBootError.
     """
     fields = ("monitor_fd", "kernel_port_fd", "agent_port_fd", "control_port_fd", "console_fd")
     pairs = [socket.socketpair() for _ in fields]
@@ -72,6 +80,7 @@ def spawn(machine: Machine, vm_dir: Path, *, keep_fds: tuple[int, ...] = ()) -> 
             qemu_argv(machine),
             pass_fds=(*machine.fds(), *keep_fds),
             log_path=vm_dir / "qemu.log",
+            limits=Limits(machine.memory_mib, cpu_quota),
         )
     except BaseException:
         for ours, _ in pairs:

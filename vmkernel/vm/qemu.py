@@ -18,6 +18,7 @@ Each step guards against something:
 * the shell's ``$PPID`` check: had the wrapper died before ``prctl`` was called, no signal would
   ever come.
 * ``ulimit -c 0``: a core dump would put the guest's memory on the host's disk.
+* limits on memory and processor time (``vm.limits``): a QEMU gone wrong harms itself only.
 * only listed descriptors: a slot's lock in a sibling would hold that slot for ever.
 * an empty environment and ``/`` as directory: nothing of the user's goes to where a hostile guest
   might read, and no notebook's disk is kept from being unmounted.
@@ -33,13 +34,13 @@ from typing import TYPE_CHECKING
 
 from vmkernel.errors import VmBootError, VmError, VmGuestError
 from vmkernel.vm.console import ConsoleLog
+from vmkernel.vm.limits import Holder, Limits, find_holder, start_command, start_environment
 
 if TYPE_CHECKING:
     import asyncio
 
 _SETPRIV = "/usr/bin/setpriv"  # util-linux, an essential package of Debian and Ubuntu
 _DIE_WITH_US = (_SETPRIV, "--pdeathsig", "KILL", "--")
-_START = 'ulimit -c 0; cd / && [ "$PPID" = "$0" ] && exec "$@"'
 _LOG_CAP = 256 * 1024
 _SIGKILL = 9
 _ALL_SIGNALS = [number for number in range(1, 32) if number not in (9, 19)]
@@ -48,6 +49,10 @@ INSTALL_QEMU = "Install QEMU: sudo apt install qemu-system-x86"
 
 # What QEMU says on stderr -> what to do about it.
 _HINTS = (
+    *(
+        (sign, "Set VMKERNEL_CPU_QUOTA=none, or make systemd-run work (`vmkernel doctor`)")
+        for sign in ("transient scope", "connect to bus")
+    ),
     ("Could not access KVM kernel module", "Set VMKERNEL_ACCELERATOR=tcg, or make /dev/kvm usable"),
     ("failed to set MSR", "KVM does not work on this machine: set VMKERNEL_ACCELERATOR=tcg"),
     ("kvm", "Set VMKERNEL_ACCELERATOR=tcg, or see `vmkernel doctor`"),
@@ -95,7 +100,14 @@ class QemuProcess:
         return f"<QemuProcess pid={self.pid} {state}>"
 
     @classmethod
-    def spawn(cls, argv: Sequence[str], *, pass_fds: Iterable[int], log_path: Path) -> QemuProcess:
+    def spawn(
+        cls,
+        argv: Sequence[str],
+        *,
+        pass_fds: Iterable[int],
+        log_path: Path,
+        limits: Limits,
+    ) -> QemuProcess:
         """Start ``argv`` (an absolute path first); call it from the main thread.
 
         ``pass_fds`` are inherited under their own numbers, and nothing else is; they stay the
@@ -103,14 +115,17 @@ class QemuProcess:
         dislikes its arguments is started, and ends: see `exited` and `failure`.
         """
         find_qemu(argv[0], "")
+        holder: Holder | None = None
+        if limits.cpu_quota is not None:
+            holder = find_holder(os.geteuid(), os.environ)
         read_end, write_end = os.pipe()
         # A full pipe loses QEMU's words rather than stopping QEMU.
         os.set_blocking(write_end, False)
         try:
             pid = os.posix_spawn(
                 _SETPRIV,
-                [*_DIE_WITH_US, "/bin/sh", "-c", _START, str(os.getpid()), *argv],
-                {"LC_ALL": "C"},
+                [*_DIE_WITH_US, *start_command(argv, limits, holder, os.getpid())],
+                start_environment(limits, holder),
                 setsid=True,
                 setsigmask=(),
                 setsigdef=_ALL_SIGNALS,
