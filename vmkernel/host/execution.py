@@ -10,6 +10,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -199,7 +200,14 @@ def execute_request(msg_id: str, code: str, allow_stdin: bool = False) -> messag
 
 
 def _request(channel: Any, msg_id: str, msg_type: str, content: dict[str, Any]) -> messages.ToGuest:
-    header = {"msg_id": msg_id, "msg_type": msg_type, "session": "vmkernel", "username": ""}
+    header = {
+        "msg_id": msg_id,
+        "msg_type": msg_type,
+        "session": "vmkernel",
+        "username": "",
+        "date": datetime.now(UTC).isoformat(),
+        "version": messages.PROTOCOL_VERSION,  # else it passes for version 4
+    }
     raw = (msgspec.Raw(messages.encode_json(value)) for value in (header, {}, content))
     return messages.ToGuest(channel, msg_id, msg_type, *raw)
 

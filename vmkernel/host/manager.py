@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from vmkernel.errors import SettingsError, VmGuestError, VmNotFoundError, VmStateError
+from vmkernel.errors import SettingsError, VmError, VmGuestError, VmNotFoundError, VmStateError
 from vmkernel.host import runner_start
 from vmkernel.host.client import Connection
 from vmkernel.host.ending import end_vm
@@ -341,13 +341,23 @@ class VmManager:
             "settings": _encode(settings),
             **as_runner(identify_self()),
         }
-        record = await asyncio.to_thread(lambda: self._registry.new(**fields))
-        return await runner_start.update(
-            self._registry,
-            record.vm_id,
-            directory=str(vm_dir(settings, record.vm_id)),
-            log_dir=str(log_dir(settings, record.vm_id)),
-        )
+
+        def add() -> VmRecord:
+            record = self._registry.new(**fields)
+            return self._registry.update(
+                record.vm_id,
+                directory=str(vm_dir(settings, record.vm_id)),
+                log_dir=str(log_dir(settings, record.vm_id)),
+            )
+
+        adding = asyncio.ensure_future(asyncio.to_thread(add))
+        try:
+            return await asyncio.shield(adding)
+        except asyncio.CancelledError:
+            with contextlib.suppress(VmError):  # the thread goes on to its end, whatever we do
+                record = await to_its_end(adding)
+                await to_its_end(asyncio.to_thread(self._registry.remove, record.vm_id))
+            raise
 
     def _settings_for(
         self, language: Language | str | None, recipe: str | None, changes: dict[str, Any]

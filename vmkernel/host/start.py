@@ -208,7 +208,11 @@ class VmStart:
             await self._written()
             awake = True
             trace.mark("guest awake")
-            self._write(self._now_running, begun is not None)
+            self._write(self._now_running)
+            if self.label.vm_id:  # who is told that it runs will look it up
+                await self._written()
+            if begun is not None:  # begin() was in a hurry; what it left undone delays nobody now
+                self._write(_tidy, self.settings)
         except BaseException as error:
             failure = error
             if isinstance(error, OSError) and not isinstance(error, VmError):
@@ -311,11 +315,9 @@ class VmStart:
         changes = {name: getattr(record, name) for name in names}
         self._registry.update(record.vm_id, **changes)
 
-    def _now_running(self, tidy: bool) -> None:
+    def _now_running(self) -> None:
         with suppress(VmNotFoundError):  # it could not be put on record
             self._registry.update(self.vm_id, state=VmState.RUNNING, started=time.time())
-        if tidy:  # begin() was in a hurry; what it left undone delays nobody now
-            _tidy(self.settings)
 
     def _now_ended(self, failed: bool, cause: str) -> None:
         state = VmState.FAILED if failed else VmState.STOPPED

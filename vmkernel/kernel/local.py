@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vmkernel import __version__
 from vmkernel.errors import VmError
-from vmkernel.kernel.sockets import PROTOCOL_VERSION
+from vmkernel.protocol.messages import PROTOCOL_VERSION
 
 if TYPE_CHECKING:
     from vmkernel.image.store import Manifest

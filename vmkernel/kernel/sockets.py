@@ -23,9 +23,9 @@ import msgspec
 import zmq
 
 from vmkernel.errors import VmError
+from vmkernel.protocol.messages import PROTOCOL_VERSION
 
 DELIMITER = b"<IDS|MSG>"
-PROTOCOL_VERSION = "5.4"
 CHANNELS = ("shell", "control", "stdin")
 
 _encode = msgspec.json.Encoder().encode

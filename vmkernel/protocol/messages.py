@@ -252,6 +252,9 @@ class Usage(msgspec.Struct, forbid_unknown_fields=True):
     memory: Memory
 
 
+PROTOCOL_VERSION = "5.4"
+"""Of Jupyter's messaging specification: what we speak on both sides."""
+
 COMM_TYPES = frozenset(("comm_open", "comm_msg", "comm_close"))
 """Messages of a front end that have no reply (messaging spec, "custom messages")."""
 

@@ -1,0 +1,371 @@
+"""VMs for programs: code in, results out, and the ways in which either may go wrong.
+
+What SEEDS promises of starts and capacity has its own files (test_seeds_a.py, test_seeds_b.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from vmhost import VmHost
+from vmkernel import (
+    ImageError,
+    Language,
+    Output,
+    SettingsError,
+    VmGuestError,
+    VmHandle,
+    VmManager,
+    VmNotFoundError,
+    VmState,
+    VmStateError,
+    VmTimeoutError,
+)
+
+pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("template"), pytest.mark.timeout(180)]
+
+
+@pytest.fixture
+async def manager(host: VmHost) -> AsyncIterator[VmManager]:
+    async with VmManager(host.settings()) as manager:
+        yield manager
+
+
+@pytest.fixture
+async def vm(manager: VmManager) -> VmHandle:
+    return await manager.create_vm(tenant_id="tenant", task_id="task-1")
+
+
+class TestRun:
+    async def test_what_code_prints_shows_and_is_worth(self, vm: VmHandle) -> None:
+        result = await vm.run(
+            "import sys\nprint('out')\nprint('err', file=sys.stderr)\n"
+            "from IPython.display import display, HTML\ndisplay(HTML('<b>x</b>'))\n6 * 7"
+        )
+        assert (result.stdout, result.stderr) == ("out\n", "err\n")
+        assert [bundle.get("text/html") for bundle in result.results] == ["<b>x</b>", None]
+        assert result.results[1]["text/plain"] == "42"
+        assert result.ok
+        assert (result.error, result.exit_code, result.vm_id) == (None, 0, vm.vm_id)
+        assert 0 < result.duration < 60
+
+    async def test_variables_stay_and_order_is_kept(self, vm: VmHandle) -> None:
+        results = await asyncio.gather(
+            *[vm.run(f"seen = globals().get('seen', []) + [{n}]; print(seen)") for n in range(5)]
+        )
+        assert results[-1].stdout == "[0, 1, 2, 3, 4]\n"
+
+    @pytest.mark.parametrize(
+        ("code", "name", "exit_code"),
+        [
+            ("1 / 0", "ZeroDivisionError", 1),
+            ("import sys; sys.exit(3)", "SystemExit", 3),
+            ("import sys; sys.exit()", "SystemExit", 0),
+            ("import sys; sys.exit('no')", "SystemExit", 1),
+            ("import os; os._exit(5)", "GuestKernelDied", 5),
+            ("import os; os.kill(os.getpid(), 9)", "GuestKernelDied", 137),
+            ("def (", "SyntaxError", 1),
+        ],
+    )
+    async def test_code_that_fails_is_a_result(
+        self, manager: VmManager, code: str, name: str, exit_code: int
+    ) -> None:
+        vm = await manager.create_vm()
+        result = await vm.run(code)
+        assert result.error is not None
+        assert (result.error.name, result.exit_code) == (name, exit_code)
+        assert result.ok is (exit_code == 0 and name != "SystemExit")
+        # And the VM goes on, with a new kernel if need be
+        assert (await vm.run("print('on')")).stdout == "on\n"
+
+    async def test_outputs_come_while_the_code_runs(self, vm: VmHandle) -> None:
+        heard: list[tuple[float, str]] = []
+
+        def on_output(output: Output) -> None:
+            heard.append((time.monotonic(), output.content["text"]))
+
+        began = time.monotonic()
+        await vm.run(
+            "import time\nprint('first', flush=True)\ntime.sleep(2)\nprint('last')",
+            on_output=on_output,
+        )
+        assert "".join(text for _, text in heard) == "first\nlast\n"
+        assert heard[-1][0] - heard[0][0] > 1.5
+        assert heard[0][0] - began < 1.5
+
+    async def test_a_time_limit_ends_the_vm_and_the_error_says_so(
+        self, host: VmHost, vm: VmHandle
+    ) -> None:
+        with pytest.raises(VmTimeoutError, match="time limit of 1 s; its VM was destroyed") as info:
+            await vm.run("print('begun', flush=True)\nwhile True: pass", timeout=1)
+        assert isinstance(info.value, TimeoutError)
+        assert info.value.code_ran == "unknown"
+        assert info.value.result.stdout == "begun\n"
+        assert not vm.holds_semaphore_slot
+        assert vm.state is VmState.FAILED
+        assert host.qemus() == []
+
+    async def test_cancelling_a_run_interrupts_its_code_only(self, vm: VmHandle) -> None:
+        running = asyncio.ensure_future(vm.run("kept = 1\nimport time\ntime.sleep(100)"))
+        queued = asyncio.ensure_future(vm.run("ran = 1"))
+        await asyncio.sleep(1)
+        queued.cancel()
+        running.cancel()
+        done = await asyncio.gather(running, queued, return_exceptions=True)
+        assert all(isinstance(error, asyncio.CancelledError) for error in done)
+        after = await vm.run("print(kept, 'ran' in globals())")
+        assert after.stdout == "1 False\n"
+
+    async def test_code_that_ignores_the_interrupt_loses_its_kernel(self, vm: VmHandle) -> None:
+        code = (
+            "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+            "open('file', 'w').close()\nwhile True: time.sleep(1)"
+        )
+        running = asyncio.ensure_future(vm.run(code))
+        await asyncio.sleep(1)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        result = await vm.run("import os; print(os.path.exists('file'), 'time' in globals())")
+        assert result.stdout == "True False\n"
+
+    async def test_an_interrupt_is_the_code_s_own_error(self, vm: VmHandle) -> None:
+        await vm.interrupt()  # of nothing: nothing
+        running = asyncio.ensure_future(vm.run("import time\ntime.sleep(100)"))
+        await asyncio.sleep(1)
+        await vm.interrupt()
+        result = await running
+        assert result.error is not None
+        assert (result.error.name, result.exit_code) == ("KeyboardInterrupt", 130)
+
+    async def test_input_is_asked_for(self, vm: VmHandle) -> None:
+        asked: list[tuple[str, bool]] = []
+
+        def answer(prompt: str, password: bool) -> str:
+            asked.append((prompt, password))
+            return "Ada"
+
+        code = "import getpass\nprint(input('who? ') + getpass.getpass('pin '))"
+        result = await vm.run(code, on_input=answer)
+        assert result.stdout == "AdaAda\n"
+        assert asked == [("who? ", False), ("pin ", True)]
+
+    async def test_without_an_answer_input_raises(self, vm: VmHandle) -> None:
+        result = await vm.run("input('who? ')")
+        assert result.error is not None
+        assert result.error.name == "StdinNotImplementedError"
+
+        def fail(prompt: str, password: bool) -> str:
+            raise EOFError
+
+        result = await vm.run("input('who? ')", on_input=fail)
+        assert result.error is not None
+        assert result.error.name == "KeyboardInterrupt"
+
+    async def test_environment_by_vm_and_by_run(self, manager: VmManager) -> None:
+        os.environ["NOT_FOR_GUESTS"] = "secret"
+        try:
+            vm = await manager.create_vm(env={"BY_VM": "a b"})
+        finally:
+            del os.environ["NOT_FOR_GUESTS"]
+        code = (
+            "import os\nprint([os.environ.get(n) for n in ('BY_VM', 'BY_RUN', 'NOT_FOR_GUESTS')])"
+        )
+        assert (await vm.run(code)).stdout == "['a b', None, None]\n"
+        assert (await vm.run(code, env={"BY_RUN": "c"})).stdout == "['a b', 'c', None]\n"
+        # A kernel that takes a dead one's place has it, too
+        await vm.run("import os; os._exit(1)")
+        assert (await vm.run(code)).stdout == "['a b', 'c', None]\n"
+
+    async def test_output_beyond_the_limit_is_cut_and_said_to_be(self, manager: VmManager) -> None:
+        vm = await manager.create_vm(max_output=1)
+        seen = 0
+
+        def on_output(output: Output) -> None:
+            nonlocal seen
+            seen += len(output.content["text"])
+
+        result = await vm.run("print('x' * (3 << 20))", on_output=on_output)
+        assert (len(result.stdout), result.truncated, seen) == (1 << 20, True, (3 << 20) + 1)
+
+    async def test_a_slow_listener_holds_the_guest_back(self, vm: VmHandle) -> None:
+        """Nothing is lost, and the runner does not keep what nobody takes."""
+        import psutil
+
+        runner = psutil.Process(vm.record.runner_pid)
+        heard = 0
+        most = 0
+
+        def on_output(output: Output) -> None:
+            nonlocal heard, most
+            heard += len(output.content["text"])
+            time.sleep(0.01)  # the whole event loop stands still
+            most = max(most, runner.memory_info().rss)
+
+        before = runner.memory_info().rss
+        await vm.run("for _ in range(2000): print('x' * 9999)", on_output=on_output)
+        assert heard == 20_000_000
+        assert most - before < 15 << 20
+
+
+class TestVm:
+    async def test_what_is_on_record_and_how_it_shows(
+        self, manager: VmManager, vm: VmHandle
+    ) -> None:
+        [status] = await manager.list_vms()
+        record = status.record
+        assert record == vm.record
+        assert (record.tenant_id, record.task_id, record.recipe) == ("tenant", "task-1", "minimal")
+        assert (record.state, record.language, record.memory) == (VmState.RUNNING, "python", 512)
+        assert (status.runner_alive, status.qemu_alive) == (True, True)
+        assert repr(vm) == f"<VmHandle {vm.vm_id} running>"
+        assert manager.capacity().used == 1
+        await vm.ping()
+        assert (await vm.statistics())["cpu_count"] == 1
+
+    async def test_leaving_the_manager_ends_what_it_does_not_keep(self, host: VmHost) -> None:
+        async with VmManager(host.settings()) as manager:
+            await manager.create_vm()
+            kept = await manager.create_vm(name="kept", keep=True)
+        assert len(host.qemus()) == 1
+        async with VmManager(host.settings()) as manager:
+            again = await manager.get_vm("kept")
+            assert again.vm_id == kept.vm_id
+            assert (await again.run("print(6 * 7)")).stdout == "42\n"
+            await manager.destroy_vm("kept")
+            with pytest.raises(VmNotFoundError):
+                await manager.destroy_vm("kept")
+            await manager.destroy_vm(again)  # by its handle: harmless
+        assert host.left() == []
+
+    async def test_a_kept_vm_starts_again_with_its_settings_and_an_empty_head(
+        self, manager: VmManager
+    ) -> None:
+        vm = await manager.create_vm(name="kept", keep=True, max_output=2)
+        await vm.run("mark = 1")
+        await manager.stop_vm(vm)
+        assert not vm.holds_semaphore_slot
+        with pytest.raises(VmStateError, match="does not run: it is stopped"):
+            await manager.get_vm("kept")
+        await manager.update_vm("kept", max_output=1, tenant_id="other")
+        again = await manager.start_vm("kept")
+        assert again.vm_id == vm.vm_id
+        assert again.record.tenant_id == "other"
+        assert (await again.run("print('x' * (3 << 19))")).truncated, "1 MiB is kept now, not 2"
+        assert (await again.run("print('mark' in globals())")).stdout == "False\n"
+        with pytest.raises(VmStateError, match="is running"):
+            await manager.start_vm("kept")
+        with pytest.raises(VmStateError, match="settings cannot be changed"):
+            await manager.update_vm("kept", memory=1024)
+        with pytest.raises(VmStateError, match="kept"):
+            await manager.create_vm(name="kept")
+        await manager.destroy_vm(again)
+
+    async def test_it_ends_with_the_process_that_created_it(self, host: VmHost) -> None:
+        script = (
+            "import asyncio, os, signal\n"
+            "from vmkernel import VmManager\n"
+            "async def main():\n"
+            "    async with VmManager() as manager:\n"
+            "        print((await manager.create_vm()).vm_id, flush=True)\n"
+            "        os.kill(os.getpid(), signal.SIGKILL)\n"
+            "asyncio.run(main())\n"
+        )
+        env = {**os.environ, **host.env}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        deadline = time.monotonic() + 5
+        while host.left() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert host.left() == []
+        async with VmManager(host.settings()) as manager:
+            [status] = await manager.list_vms(ended=True)
+        assert status.record.vm_id == done.stdout.strip()
+        assert status.state is VmState.STOPPED
+        assert status.record.exit_cause == "whoever had started it has ended"
+
+    async def test_several_use_one_vm(self, host: VmHost, manager: VmManager) -> None:
+        vm = await manager.create_vm()
+        async with VmManager(host.settings()) as other:
+            theirs = await other.get_vm(vm.vm_id)
+            await asyncio.gather(
+                *[each.run("n = globals().get('n', 0) + 1") for each in (vm, theirs) * 5]
+            )
+            await theirs.close()
+        assert (await vm.run("print(n)")).stdout == "10\n"
+        assert vm.alive, "a guest that leaves does not end it"
+
+    async def test_a_client_that_dies_interrupts_what_it_ran(
+        self, host: VmHost, manager: VmManager
+    ) -> None:
+        vm = await manager.create_vm()
+        other = VmManager(host.settings())
+        theirs = await other.get_vm(vm.vm_id)
+        running = asyncio.ensure_future(theirs.run("import time\ntime.sleep(1000)"))
+        await asyncio.sleep(0.5)
+        await theirs.close()
+        with pytest.raises(VmGuestError):
+            await running
+        async with asyncio.timeout(30):
+            assert (await vm.run("print('mine')")).stdout == "mine\n"
+
+    async def test_qemu_s_death_ends_what_waits_with_its_reason(self, vm: VmHandle) -> None:
+        running = asyncio.ensure_future(vm.run("import time\ntime.sleep(100)"))
+        await asyncio.sleep(0.5)
+        os.kill(vm.record.qemu_pid, signal.SIGKILL)
+        with pytest.raises(VmGuestError, match="signal 9") as info:
+            await running
+        assert info.value.code_ran == "unknown"
+        assert info.value.log_path is not None
+        assert info.value.log_path.exists()
+        with pytest.raises(VmGuestError):
+            await vm.run("1")
+        assert await vm.wait_ended() is not None
+
+    async def test_language_and_recipe(self, manager: VmManager, bash_image: str) -> None:
+        vm = await manager.create_vm(language=Language.BASH, memory=512)
+        assert vm.record.recipe == "bash"
+        result = await vm.run('echo "$GREETING"', env={"GREETING": "good day"})
+        assert result.stdout.strip() == "good day"
+        with pytest.raises(ImageError, match="no image whose kernel speaks 'klingon'"):
+            await manager.create_vm(language="klingon")
+        with pytest.raises(ImageError, match="There is no image 'none-such'"):
+            await manager.create_vm(recipe="none-such")
+
+    async def test_a_wrong_setting_is_told_before_anything_happens(
+        self, manager: VmManager
+    ) -> None:
+        with pytest.raises(SettingsError, match="there is no setting 'memroy'"):
+            await manager.create_vm(memroy=512)
+        with pytest.raises(SettingsError, match="'memory' is 1"):
+            await manager.create_vm(memory=1)
+        assert await manager.list_vms(ended=True) == []
+
+    async def test_cancelled_starts_leave_nothing(self, host: VmHost, manager: VmManager) -> None:
+        for number in range(12):
+            starting = asyncio.ensure_future(manager.create_vm())
+            await asyncio.sleep(number * 0.04)
+            starting.cancel()
+            try:
+                await manager.destroy_vm(await starting)
+            except asyncio.CancelledError:
+                pass
+            assert host.left() == []
+        assert await manager.list_vms(ended=True) == []
+
+    async def test_a_result_is_plain_data(self, vm: VmHandle) -> None:
+        import msgspec
+
+        result = await vm.run("1 / 0")
+        assert json.loads(msgspec.json.encode(result))["error"]["name"] == "ZeroDivisionError"
