@@ -6,6 +6,7 @@ What SEEDS promises of starts and capacity has its own files (test_seeds_a.py, t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -357,10 +358,8 @@ class TestVm:
             starting = asyncio.ensure_future(manager.create_vm())
             await asyncio.sleep(number * 0.04)
             starting.cancel()
-            try:
+            with contextlib.suppress(asyncio.CancelledError):
                 await manager.destroy_vm(await starting)
-            except asyncio.CancelledError:
-                pass
             assert host.left() == []
         assert await manager.list_vms(ended=True) == []
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from vmkernel import trace
 from vmkernel.errors import VmError
+from vmkernel.imports import import_without
 
 if TYPE_CHECKING:
     from vmkernel.host.start import Started
@@ -79,7 +79,7 @@ def main() -> NoReturn:
     """Run the kernel; never returns."""
     trace.begin(os.environ.get(trace.VARIABLE, ""))
     trace.mark("interpreter up")
-    _import_without("typing_extensions", "msgspec")  # 17 ms, where it happens to be installed
+    import_without("typing_extensions", "msgspec")  # 17 ms, where it happens to be installed
     from vmkernel.settings import Settings, load_settings_with_sources
 
     # Until the event loop has its handler, an interrupt has nothing to interrupt but the start.
@@ -100,7 +100,7 @@ def main() -> NoReturn:
         failure = error
         settings = Settings()
     trace.mark("QEMU started")
-    _import_without("ssl", "asyncio")  # 12 ms, and 2 MiB for each kernel; nothing here speaks TLS
+    import_without("ssl", "asyncio")  # 12 ms, and 2 MiB for each kernel; nothing here speaks TLS
     import asyncio
 
     from vmkernel.kernel.serve import serve
@@ -110,18 +110,6 @@ def main() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # nothing is left to tidy: interpreter shutdown would only take time
-
-
-def _import_without(unwanted: str, module: str) -> None:
-    """Import a module as if an optional one that it asks for were not there."""
-    modules: dict[str, Any] = sys.modules
-    if unwanted in modules:
-        return
-    modules[unwanted] = None  # importing it raises ImportError, see sys.modules
-    try:
-        import_module(module)
-    finally:
-        del modules[unwanted]  # who needs it later gets it
 
 
 def _kernel_id(connection_file: Path) -> str:
