@@ -236,4 +236,6 @@ def exit_code_of(name: str, value: str) -> int:
             return 1
     if name == "KeyboardInterrupt":
         return 130
+    if not name and value.isdecimal():  # no exception: bash_kernel tells a command's status so
+        return int(value) & 0xFF
     return 1
