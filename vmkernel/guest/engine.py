@@ -36,6 +36,7 @@ import msgspec
 from ipykernel.kernelapp import IPKernelApp
 from traitlets.config import Config
 
+from vmkernel.guest import script  # noqa: F401 - for whoever sends one: a template has it loaded
 from vmkernel.guest.control import ControlLane, Subshell
 from vmkernel.guest.debug import ShellCaller, connect_debugger
 from vmkernel.guest.kernel import PortKernel, as_message, idents
