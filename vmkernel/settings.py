@@ -6,7 +6,8 @@ A value is taken from the last of these that has one:
 2. ``/etc/vmkernel/config.toml`` (the administrator's),
 3. ``$XDG_CONFIG_HOME/vmkernel/config.toml`` (the user's; ``~/.config`` when unset),
 4. an option in the kernelspec (``--memory=4G``), handed in as *overrides*,
-5. the environment variable ``VMKERNEL_<NAME>``; an empty one counts as unset.
+5. the environment variable ``VMKERNEL_<NAME>``; an empty one counts as unset,
+6. an option of the command that is run (``vmkernel run --memory 4G``).
 
 Floor 2. This module lies on the kernel's start path: it imports msgspec, which is there anyway,
 and reads the environment and the disk only when `load_settings` or `Settings` is called.
@@ -274,22 +275,27 @@ def load_settings(
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
     *,
+    options: Mapping[str, str] | None = None,
     system_config: Path = SYSTEM_CONFIG,
 ) -> Settings:
     """The settings in force, from every source in the order that the module's docstring tells.
 
-    *overrides* are kernelspec options (name to text), *environ* stands for ``os.environ``.
+    *overrides* are kernelspec options (name to text), *environ* stands for ``os.environ``,
+    *options* were written on a command line for this one time, and come before all else.
 
     Raises:
         SettingsError: a value is not allowed, a name is unknown, or a file cannot be read.
     """
-    return load_settings_with_sources(overrides, environ, system_config=system_config).settings
+    return load_settings_with_sources(
+        overrides, environ, options=options, system_config=system_config
+    ).settings
 
 
 def load_settings_with_sources(
     overrides: Mapping[str, str] | None = None,
     environ: Mapping[str, str] | None = None,
     *,
+    options: Mapping[str, str] | None = None,
     system_config: Path = SYSTEM_CONFIG,
 ) -> LoadedSettings:
     """As `load_settings`, and tells where each value came from."""
@@ -318,6 +324,8 @@ def load_settings_with_sources(
         if variable.startswith(ENVIRONMENT_PREFIX) and value:
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
             take(name, value, f"environment variable {variable}")
+    for name, value in (options or {}).items():
+        take(name.replace("-", "_"), value, f"option --{name.replace('_', '-')}")
     return LoadedSettings(Settings(**values), sources)
 
 

@@ -9,12 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from vmkernel import __version__
 from vmkernel.errors import VmError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 
 class _Entry(NamedTuple):
@@ -24,12 +27,22 @@ class _Entry(NamedTuple):
 
 
 COMMANDS: dict[str, _Entry] = {
+    "run": _Entry("vmkernel.cli.run", "run", "Run code in a VM that is destroyed afterwards."),
     "image": _Entry("vmkernel.cli.image", "image", "Build, list, verify and remove guest images."),
     "install": _Entry("vmkernel.cli.install", "install", "Offer the kernel in Jupyter."),
     "uninstall": _Entry("vmkernel.cli.install", "uninstall", "Take the kernel out of Jupyter."),
+    "start": _Entry("vmkernel.cli.vms", "start", "Start a VM that stays."),
+    "exec": _Entry("vmkernel.cli.exec", "exec_", "Run code in a VM that runs."),
+    "cp": _Entry("vmkernel.cli.copy", "cp", "Copy files into a VM that runs, and out of it."),
+    "stop": _Entry("vmkernel.cli.vms", "stop", "End VMs."),
+    "rm": _Entry("vmkernel.cli.vms", "rm", "Take VMs off the record."),
     "ps": _Entry("vmkernel.cli.ps", "ps", "List the VMs on this host."),
+    "top": _Entry("vmkernel.cli.top", "top", "Show what the VMs take, as it changes."),
+    "logs": _Entry("vmkernel.cli.logs", "logs", "Show what a VM has said."),
+    "gc": _Entry("vmkernel.cli.gc", "gc", "Remove leftovers, old logs and unused templates."),
     "doctor": _Entry("vmkernel.cli.doctor", "doctor", "Check all that the kernel needs."),
     "settings": _Entry("vmkernel.cli.settings", "settings", "Show every setting and its source."),
+    "completion": _Entry("vmkernel.cli.completion", "completion", "Let a shell complete words."),
 }
 
 
@@ -63,6 +76,25 @@ class LazyGroup(click.Group):
                 raise
             raise click.UsageError(f"{error.message} Did you mean '{close[0]}'?", ctx) from error
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Names and helps of subcommands, without importing any."""
+        from click.shell_completion import CompletionItem
+
+        names = [
+            CompletionItem(name, help=entry.help)
+            for name, entry in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        # Past click's own Group, which would import all of them
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the subcommand; Ctrl-C ends it as a signal does, also before it has begun."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(130)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list in ``--help``, without importing anything."""
         with formatter.section("Commands"):
@@ -75,7 +107,7 @@ class LazyGroup(click.Group):
 )
 @click.version_option(__version__, prog_name="vmkernel", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Jupyter kernels that run every cell inside a QEMU microVM.
+    """Code in QEMU microVMs: the cells of a notebook, or a script's (`vmkernel run`).
 
     First steps: `vmkernel doctor`, `vmkernel image build datascience`, `vmkernel install`.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import click
@@ -16,15 +16,34 @@ def print_json(value: Any) -> None:
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: str = "") -> None:
     """Columns as wide as needed; *right* names the columns that are set flush right."""
-    table = [list(header), *[list(row) for row in rows]]
+    for line in table_lines(header, rows, set(right.split())):
+        click.echo(line)
+
+
+def table_lines(
+    header: Sequence[str], rows: Sequence[Sequence[str]], right: Collection[str] = ()
+) -> list[str]:
+    """The lines of a table.  What would move a terminal's cursor shows as a question mark."""
+    table = [list(header), *[[printable(cell) for cell in row] for row in rows]]
     widths = [max(len(row[i]) for row in table) for i in range(len(header))]
-    flush_right = set(right.split())
+    lines = []
     for row in table:
         cells = [
-            cell.rjust(width) if name in flush_right else cell.ljust(width)
+            cell.rjust(width) if name in right else cell.ljust(width)
             for cell, width, name in zip(row, widths, header, strict=True)
         ]
-        click.echo("  ".join(cells).rstrip())
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def say_skipped(path: str) -> None:
+    """Tell that a link or device was left out of a copy."""
+    click.echo(f"vmkernel: left out, neither a file nor a directory: {printable(path)}", err=True)
+
+
+def printable(text: str) -> str:
+    """One line without control characters: names may come from anywhere."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def mebibytes(count: int | None) -> str:

@@ -1,0 +1,173 @@
+"""Options that several commands share: what a VM is to be like. Floor 5."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+if TYPE_CHECKING:
+    from vmkernel.settings import Settings
+
+
+class VmOptions(NamedTuple):
+    """What the command line says of a VM."""
+
+    settings: dict[str, str]
+    """Settings by name, as they were written."""
+    environment: dict[str, str]
+    language: str | None
+    tenant: str
+    task: str
+
+    def load(self, language: str | None = None) -> Settings:
+        """The settings in force, with these options before all other sources.
+
+        ``language``: that of the code, where neither an option nor a named recipe tells.
+        Raises SettingsError.
+        """
+        from vmkernel.host.start import settings_for_recipe
+        from vmkernel.image.store import recipe_for_language
+        from vmkernel.settings import load_settings_with_sources
+
+        options = dict(self.settings)
+        language = self.language or language
+        if language is not None and "recipe" not in options:
+            options["recipe"] = recipe_for_language(language, load_settings_with_sources().settings)
+        return settings_for_recipe(load_settings_with_sources(options=options))
+
+
+def complete_recipes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of recipes, for the shell."""
+    from vmkernel.cli.completion import recipe_names
+
+    return recipe_names(incomplete)
+
+
+def complete_settings(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """``NAME=`` of each setting, for the shell."""
+    from vmkernel.settings import FIELDS
+
+    return [f"{name}=" for name in FIELDS if name.startswith(incomplete)]
+
+
+def complete_vms(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    """Names and ids of VMs on record, for the shell."""
+    from vmkernel.cli.completion import vm_names
+
+    return vm_names(incomplete)
+
+
+_OPTIONS = (
+    click.option("--recipe", metavar="NAME", help="The guest image to start from.",
+                 shell_complete=complete_recipes),
+    click.option("--language", type=click.Choice(["python", "bash"]),
+                 help="The code's language, where no recipe is named; else by the file's suffix."),
+    click.option("--memory", metavar="SIZE", help="Memory of the VM, like 512M or 4G."),
+    click.option("--vcpus", metavar="N", help="Virtual processors of the VM."),
+    click.option("--cpu-quota", metavar="PERCENT", help="At most so much of one processor: 50%."),
+    click.option("--env", "environment", multiple=True, metavar="NAME[=VALUE]",
+                 help="A variable for the code; without a value that of this shell. Repeatable."),
+    click.option("--set", "more", multiple=True, metavar="NAME=VALUE",
+                 shell_complete=complete_settings,
+                 help="Any setting (`vmkernel settings`). Repeatable."),
+    click.option("--tenant", default="", metavar="ID", help="A tag for the record of VMs."),
+    click.option("--task", default="", metavar="ID", help="Another one."),
+)  # fmt: skip
+
+
+def vm_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options of a VM; the function gets them as ``vm``, a `VmOptions`."""
+
+    @functools.wraps(function)
+    def gathered(
+        *args: Any,
+        recipe: str | None,
+        language: str | None,
+        memory: str | None,
+        vcpus: str | None,
+        cpu_quota: str | None,
+        environment: tuple[str, ...],
+        more: tuple[str, ...],
+        tenant: str,
+        task: str,
+        **rest: Any,
+    ) -> Any:
+        named = {"recipe": recipe, "memory": memory, "vcpus": vcpus, "cpu_quota": cpu_quota}
+        settings = named_values(more)
+        settings |= {name: value for name, value in named.items() if value is not None}
+        vm = VmOptions(settings, _environment(environment), language, tenant, task)
+        return function(*args, vm=vm, **rest)
+
+    for option in reversed(_OPTIONS):
+        gathered = option(gathered)
+    return gathered
+
+
+def named_values(items: tuple[str, ...]) -> dict[str, str]:
+    """Settings from ``NAME=VALUE`` words; UsageError when one is none."""
+    values = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise click.UsageError(f"--set takes NAME=VALUE, not {item!r}")
+        values[name.replace("-", "_")] = value
+    return values
+
+
+def _environment(items: tuple[str, ...]) -> dict[str, str]:
+    values = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not name:
+            raise click.UsageError(f"--env takes NAME=VALUE or NAME, not {item!r}")
+        if equals:
+            values[name] = value
+        elif name in os.environ:  # one that is unset here stays unset there
+            values[name] = os.environ[name]
+    return values
+
+
+def seconds(text: str | float) -> float:
+    """A duration on the command line, as settings have it: ``10``, ``2.5``, ``90s``, ``5m``."""
+    from vmkernel.values import duration
+
+    try:
+        return duration(text)
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is no time: seconds above 0, or a number with s, m or h"
+        ) from None
+
+
+class Transfer(NamedTuple):
+    """A file or directory on its way in or out."""
+
+    source: str
+    target: str
+
+
+def transfer_in(text: str) -> Transfer:
+    """``LOCAL[:GUEST]``: what goes in, and where to; a name alone goes into the guest's home."""
+    local, colon, guest = text.rpartition(":")
+    if not colon or os.path.exists(text):  # noqa: PTH110 - a name may have a colon
+        local, guest = text, ""
+    name = Path(local).absolute().name
+    if not guest or guest.endswith("/"):
+        guest += name
+    return Transfer(local, guest)
+
+
+def transfer_out(text: str) -> Transfer:
+    """``GUEST[:LOCAL]``: what comes out, and where to; a name alone comes to where we are."""
+    guest, _, local = text.partition(":")
+    name = guest.rstrip("/").rpartition("/")[2]
+    if not name or name in (".", ".."):
+        raise click.UsageError(f"--out needs the name of a file or directory, not {text!r}")
+    if not local or local.endswith("/") or Path(local).is_dir():
+        local = str(Path(local) / name)
+    return Transfer(guest, local)
