@@ -30,6 +30,7 @@ _MODULES = {
         "VmFileError",
         "VmBootError",
         "VmGuestError",
+        "VmExpiredError",
         "VmTimeoutError",
         "ProtocolError",
     ),

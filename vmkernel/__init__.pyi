@@ -9,6 +9,7 @@ from vmkernel.errors import VmAlreadyStartingError as VmAlreadyStartingError
 from vmkernel.errors import VmBootError as VmBootError
 from vmkernel.errors import VmCapacityError as VmCapacityError
 from vmkernel.errors import VmError as VmError
+from vmkernel.errors import VmExpiredError as VmExpiredError
 from vmkernel.errors import VmFileError as VmFileError
 from vmkernel.errors import VmGuestError as VmGuestError
 from vmkernel.errors import VmNotFoundError as VmNotFoundError

@@ -15,6 +15,7 @@ The tree::
     ├── VmFileError              a file could not be passed into a VM or out of it
     ├── VmBootError              QEMU or the guest did not come up
     └── VmGuestError             a guest that was up died or broke the protocol
+        ├── VmExpiredError       the VM's lifetime or idle_timeout was over, and it was ended
         ├── VmTimeoutError       code took longer than it was given (also a TimeoutError)
         └── ProtocolError        bytes from the peer that no correct peer sends
 
@@ -109,6 +110,10 @@ class VmBootError(VmError):
 
 class VmGuestError(VmError):
     """A guest that was up died, or does not answer."""
+
+
+class VmExpiredError(VmGuestError):
+    """The VM was ended as it was to be: its lifetime was over, or it was idle for too long."""
 
 
 class VmTimeoutError(VmGuestError, TimeoutError):

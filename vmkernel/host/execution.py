@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,11 @@ class Executor:
 
     def __init__(self, boot_timeout: float) -> None:
         self._boot_timeout = boot_timeout
+        self.on_work: Callable[[bool], None] = lambda busy: None
+        """Called with True when there is work, with False when there is none any more."""
         self._guest: Guest | None = None
         self._lock = asyncio.Lock()
+        self._wanted = 0
         self._current: _Run | None = None
         self._replacing: asyncio.Task[None] | None = None
         self._ended: VmError | None = None
@@ -63,7 +67,24 @@ class Executor:
     @property
     def busy(self) -> bool:
         """Whether code runs or waits to."""
-        return self._lock.locked()
+        return self._wanted > 0
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Inside, there is work."""
+        self._wanted += 1
+        self.on_work(True)
+        try:
+            yield
+        finally:
+            self._wanted -= 1
+            self.on_work(self.busy)
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        with self.working():
+            async with self._lock:
+                yield
 
     async def run(
         self,
@@ -79,7 +100,7 @@ class Executor:
         Cancelling it interrupts the code.  Raises VmTimeoutError when it takes longer than
         ``timeout`` seconds (the VM is then of no use: end it), VmGuestError when the VM ends.
         """
-        async with self._lock:
+        async with self._turn():
             if self._replacing is not None:
                 await asyncio.shield(self._replacing)
             guest = self._guest

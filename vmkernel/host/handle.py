@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmkernel.errors import VmError, VmTimeoutError
+from vmkernel.errors import VmError, VmExpiredError, VmTimeoutError
 from vmkernel.host import files, wire
 from vmkernel.models import Output, RunError, RunResult, VmState
 from vmkernel.protocol import frames, messages
@@ -74,7 +74,8 @@ class VmHandle:
         ended = self.connection.ended
         if not ended.done():
             return VmState.RUNNING if self.connection.connected else VmState.FAILED
-        return VmState.STOPPED if ended.result() is None else VmState.FAILED
+        as_wished = ended.result() is None or isinstance(ended.result(), VmExpiredError)
+        return VmState.STOPPED if as_wished else VmState.FAILED
 
     @property
     def holds_semaphore_slot(self) -> bool:
@@ -100,7 +101,8 @@ class VmHandle:
         What the code itself does wrong is in the result.  Cancelling it interrupts the code (and
         ends its kernel when that does not help within seconds).  Raises VmTimeoutError when
         the time is over (the VM is destroyed; ``error.result`` has the output up to then),
-        VmGuestError when the VM ends, or the kind of kernel cannot take ``env``.
+        VmExpiredError when the VM's lifetime is over, VmGuestError when it ends otherwise, or the
+        kind of kernel cannot take ``env``.
         """
         loop = asyncio.get_running_loop()
         outputs = _Outputs(self._max_output)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from vmkernel.errors import VmError
+from vmkernel.errors import VmError, VmExpiredError
 from vmkernel.host import wire
 from vmkernel.host.capacity import Slot
 from vmkernel.host.registry import vm_dir
@@ -104,6 +104,7 @@ class Runner:
         """Bring the VM up, serve it, end it.  ``failure``: it has failed already."""
         import asyncio
 
+        from vmkernel.host.limits import TimeLimits
         from vmkernel.host.runner_client import RunnerClient
         from vmkernel.host.start import VmStart
 
@@ -122,9 +123,15 @@ class Runner:
             self._lock.release()  # whoever wants to start it now finds that it runs
             assert self.guest is not None
             self.executor.attach(self.guest)
+            limits = TimeLimits(
+                self._settings.lifetime, self._settings.idle_timeout, self._on_expired
+            )
+            self.executor.on_work = limits.note
             owner.send(request_id, wire.Reply())
             why, end = await asyncio.shield(self._stop)
-            await start.close(keep_logs=end is not None, cause=why)
+            limits.close()
+            failed = end is not None and not isinstance(end, VmExpiredError)
+            await start.close(keep_logs=failed, cause=why)
             for client, number, reason in self._waiting:
                 client.send(number, wire.Reply(wire.Failure.of(reason) if reason else None))
             for client in self.clients:
@@ -194,6 +201,13 @@ class Runner:
         if not self._stop.done():
             self._stop.set_result((why, error))
 
+    @property
+    def ending(self) -> VmError | None:
+        """Why the VM is being ended, or was, where that was not asked for."""
+        if self._stop is None or not self._stop.done():
+            return None
+        return self._stop.result()[1]
+
     def owner_left(self) -> None:
         """The starter is gone; a VM that is kept, and up, stays."""
         if self.guest is None or not self._kept:
@@ -203,6 +217,11 @@ class Runner:
         """Back-pressure: while a client does not take what it is sent, the guest is not read."""
         if self.guest is not None and self.guest.vm.running:
             (self.guest.vm.kernel.pause if hold else self.guest.vm.kernel.resume)()
+
+    def _on_expired(self, error: VmExpiredError) -> None:
+        if self.executor.busy:
+            error.code_ran = "unknown"
+        self.stop(error.message, error)
 
     def _on_vm_end(self, error: VmError) -> None:
         self.executor.on_end(error)

@@ -6,6 +6,7 @@ Where it stands: the requests of ``host.wire``, served for ``host.runner``.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import struct
@@ -91,7 +92,8 @@ class RunnerClient:
             # First the VM ends, then the news: so that what the error says is true
             self._runner.stop(error.message, error, asked_by=(self, number))
         except VmError as error:
-            self.send(number, wire.Reply(wire.Failure.of(error)))
+            # What fails as the VM ends fails for the reason why it ends
+            self.send(number, wire.Reply(wire.Failure.of(self._runner.ending or error)))
         except asyncio.CancelledError:
             failure = wire.Failure("VmError", "the run was cancelled", code_ran="unknown")
             self.send(number, wire.Reply(failure))
@@ -125,7 +127,9 @@ class RunnerClient:
                 if isinstance(call.command, _OURS):
                     raise VmGuestError("that command is the runner's own")
                 agent = runner.guest.vm.agent
-                result, received = await agent.exchange(call.command, buffers, call.timeout)
+                is_work = isinstance(call.command, messages.FileCommand)
+                with runner.executor.working() if is_work else contextlib.nullcontext():
+                    result, received = await agent.exchange(call.command, buffers, call.timeout)
                 self.send(number, wire.Reply(result=result), received)
             case _:
                 raise VmGuestError(f"a runner does not do {type(call).__name__} twice")

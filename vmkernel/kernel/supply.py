@@ -8,17 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vmkernel.errors import VmError
+from vmkernel.errors import VmError, VmExpiredError
 from vmkernel.host.start import Label, Started, VmStart
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vmkernel.host.guest import Guest, KernelDeath
+    from vmkernel.host.limits import TimeLimits
     from vmkernel.image.store import Manifest
     from vmkernel.protocol import messages
     from vmkernel.settings import Settings
@@ -77,6 +79,8 @@ class GuestSupply:
         self._failed_at = 0.0
         self._clock = 0.0
         self._closing: set[asyncio.Task[None]] = set()
+        self._limits: TimeLimits | None = None
+        """Those of the VM that runs, where it has any"""
 
     def start_early(self) -> None:
         """Begin a start before anyone asks; its failure is told to the first who does, if soon."""
@@ -91,6 +95,8 @@ class GuestSupply:
         if self.current is not None and not self.current.vm.kernel.connected:
             await self._ended.wait()  # it is dying: _on_end will tell how, then there is a new one
         if self.current is not None:
+            if self._limits is not None:
+                self._limits.touch()  # it must not end while somebody is about to use it
             await self._keep_time(self.current)
             return self.current
         if self._starting is None or self._is_old_news():
@@ -138,6 +144,11 @@ class GuestSupply:
             self._starting = asyncio.create_task(self._replace_kernel(guest))
             self._starting.add_done_callback(_seen)
 
+    def note_work(self, busy: bool) -> None:
+        """Whether the guest has something to do."""
+        if self._limits is not None:
+            self._limits.note(busy)
+
     def pause(self, until: Callable[[Callable[[], None]], None]) -> None:
         """Stop reading from the guest until front ends have caught up."""
         guest = self.current
@@ -147,6 +158,7 @@ class GuestSupply:
 
     async def close(self) -> None:
         """End the VM, or its start."""
+        self._end_limits()
         if self._starting is not None:
             self._starting.cancel()
             with contextlib.suppress(asyncio.CancelledError, VmError):
@@ -196,6 +208,7 @@ class GuestSupply:
             "recipe": settings.recipe,
             "memory": f"{settings.memory} MiB",
             "vcpus": str(settings.vcpus),
+            **self._limits_in_words(),
             "scratch disk": f"{settings.scratch_size} MiB, gone with the VM",
             "accelerator": self._accelerator or "not known yet",
             "outputs": settings.outputs,
@@ -206,6 +219,21 @@ class GuestSupply:
             facts["age"] = f"{max(0.0, time.time() - record.created):.0f} s"
             facts["slot"] = f"{record.slot} of {settings.max_concurrent_vms}"
         return facts
+
+    def _limits_in_words(self) -> dict[str, str]:
+        from vmkernel.host.limits import spoken
+        from vmkernel.vm.limits import Limits, describe, find_holder
+
+        settings = self._settings
+        words = {}
+        if settings.cpu_quota is not None:
+            limits = Limits(settings.memory, settings.cpu_quota)
+            words["CPU"] = describe(limits, find_holder(os.geteuid(), os.environ))
+        if settings.lifetime is not None:
+            words["lifetime"] = f"{spoken(settings.lifetime)}, then it is ended"
+        if settings.idle_timeout is not None:
+            words["idle time-out"] = f"{spoken(settings.idle_timeout)}, then it is ended"
+        return words
 
     async def usage(self) -> dict[str, Any]:
         """The content of a ``usage_reply``: what the guest kernel and its machine use."""
@@ -245,6 +273,7 @@ class GuestSupply:
         if start.warning:
             log.warning(start.warning)
         self.current = guest
+        self._set_limits()
         self._ended.clear()
         self._clock = time.time() - time.monotonic()
         self._text = ""
@@ -255,6 +284,7 @@ class GuestSupply:
             await guest.restart_kernel(self._settings.boot_timeout)
         except BaseException as error:
             # This VM cannot carry a kernel any more: the next one who asks gets a new VM.
+            self._end_limits()
             start, self._start = self._start, None
             if start is not None:
                 await start.close(keep_logs=True, cause=str(error))
@@ -282,15 +312,33 @@ class GuestSupply:
         if self._show is not None:
             self._show(text)
 
+    def _set_limits(self) -> None:
+        settings, start = self._settings, self._start
+        if (settings.lifetime, settings.idle_timeout) == (None, None) or start is None:
+            return
+        from vmkernel.host.limits import TimeLimits
+
+        def over(error: VmExpiredError) -> None:
+            self._on_end(start, error)
+
+        self._limits = TimeLimits(settings.lifetime, settings.idle_timeout, over)
+
+    def _end_limits(self) -> None:
+        limits, self._limits = self._limits, None
+        if limits is not None:
+            limits.close()
+
     def _on_end(self, start: VmStart, error: VmError) -> None:
         if self._start is not start:
             return
+        self._end_limits()
         self.current = None
         self._ended.set()
         self._start = None
         if self._starting is not None and self._starting.done():
             self._starting = None
-        task = asyncio.create_task(start.close(keep_logs=True, cause=str(error)))
+        failed = not isinstance(error, VmExpiredError)
+        task = asyncio.create_task(start.close(keep_logs=failed, cause=str(error)))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         self._owner.on_vm_end(error)

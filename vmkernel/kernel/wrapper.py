@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from vmkernel.errors import VmError, VmGuestError
+from vmkernel.errors import VmError, VmExpiredError, VmGuestError
 from vmkernel.kernel import local
 from vmkernel.kernel.history import History
 from vmkernel.kernel.lane import EXECUTE, Exchange, Lane
@@ -208,11 +208,17 @@ class Wrapper:
         )
         if not meanwhile:
             self._with_guest[request.msg_id] = exchange
+            self.supply.note_work(True)
         else:
             self._meanwhile[request.msg_id] = request.raw[0]
             if len(self._meanwhile) > KNOWN_COMMS:
                 self._meanwhile.popitem(last=False)
         return exchange
+
+    def _forget(self, msg_id: str) -> None:
+        """A request is not with the guest any more."""
+        self._with_guest.pop(msg_id, None)
+        self.supply.note_work(bool(self._with_guest))
 
     def reply(self, request: Request, content: Any, metadata: Any = None) -> None:
         """Send the reply to a request."""
@@ -280,7 +286,7 @@ class Wrapper:
                 exchange.own = content
                 async with asyncio.timeout(PATIENCE):
                     await exchange.done
-            self._with_guest.pop(request.msg_id, None)
+            self._forget(request.msg_id)
         if exchange is None or not exchange.replied:
             self.reply(request, content)
 
@@ -381,7 +387,7 @@ class Wrapper:
             if lane is not None:
                 if lane.exchange is not None:
                     # The guest's subshell ends in the midst of what awaits something
-                    self._with_guest.pop(lane.exchange.request.msg_id, None)
+                    self._forget(lane.exchange.request.msg_id)
                 lane.retire()
         if exchange.own is not None:
             content = exchange.own
@@ -423,7 +429,7 @@ class Wrapper:
     ) -> None:
         if message.msg_type == "status":
             if exchange is not None:
-                del self._with_guest[message.parent_id]
+                self._forget(message.parent_id)
                 if not exchange.done.done():
                     exchange.done.set_result(None)
             elif (header := self._meanwhile.pop(message.parent_id, None)) is not None:
@@ -522,12 +528,15 @@ class Wrapper:
             self.supply.kernel_died()
 
     def on_vm_end(self, error: VmError) -> None:
-        """The VM ended by itself."""
+        """The VM ended by itself, or its time was over."""
+        expired = isinstance(error, VmExpiredError)
         lost = "The VM died and its state is lost: variables and files."
         running = self._main.open
         self._fail_exchanges(
             VmGuestError(
-                f"{lost} {error.message}",
+                f"{error.message}. Its state is lost: variables and files"
+                if expired
+                else f"{lost} {error.message}",
                 hint=f"run the cell again: it gets a new VM. {error.hint}",
                 log_path=error.log_path,
                 code_ran="unknown",
@@ -535,6 +544,9 @@ class Wrapper:
         )
         if running is not None:
             self._news.append("this cell runs in a new VM; the old one's state is lost")
+        elif expired:
+            how = error.message.replace("The VM", "the old one", 1)
+            self._news.append(f"this cell runs in a new VM; {how}")
         else:
             log.error("the VM ended while no cell ran: %s", error.explain())
             self._news.append(f"{lost} This cell runs in a new VM. ({error.message})")
@@ -542,6 +554,7 @@ class Wrapper:
     def _fail_exchanges(self, error: VmError) -> None:
         """What was with the guest is lost, and its subshells with it."""
         exchanges, self._with_guest = self._with_guest, {}
+        self.supply.note_work(False)
         for exchange in exchanges.values():
             if not exchange.done.done():
                 exchange.done.set_exception(error)
