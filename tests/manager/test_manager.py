@@ -126,6 +126,30 @@ class TestRun:
         after = await vm.run("print(kept, 'ran' in globals())")
         assert after.stdout == "1 False\n"
 
+    @pytest.mark.parametrize("pause", [0, 0.001, 0.005, 0.02])
+    async def test_cancelled_before_it_begins_it_does_not_run_on(
+        self, vm: VmHandle, pause: float
+    ) -> None:
+        await vm.run("kept = 1")
+        for _ in range(5):
+            running = asyncio.ensure_future(vm.run("while True: pass"))
+            await asyncio.sleep(pause)
+            running.cancel()
+            await asyncio.wait([running], timeout=4)
+            assert running.cancelled()
+            assert (await vm.run("print(kept)")).stdout == "1\n", "the kernel is the same"
+
+    async def test_who_waits_behind_a_run_out_of_time_is_told_that_nothing_ran(
+        self, vm: VmHandle
+    ) -> None:
+        late = asyncio.ensure_future(vm.run("while True: pass", timeout=1))
+        queued = asyncio.ensure_future(vm.run("print('ran')"))
+        with pytest.raises(VmTimeoutError):
+            await late
+        with pytest.raises(VmGuestError, match="time limit of 1 s") as info:
+            await queued
+        assert info.value.code_ran == "no"
+
     async def test_code_that_ignores_the_interrupt_loses_its_kernel(self, vm: VmHandle) -> None:
         code = (
             "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"

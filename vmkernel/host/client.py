@@ -34,6 +34,8 @@ _PASSED = (
 OnEvent = Callable[[wire.Event], None]
 _PROGRAM = Path(__file__).with_name("run_vm.py")
 _LOG_TAIL = 4000
+CANCEL_SECONDS = 20.0
+"""How long a cancelled run is waited for: interrupt, end of its kernel, and then some."""
 
 
 class RunnerProcess:
@@ -204,8 +206,8 @@ class Connection:
     async def _cancel(self, number: int, answer: asyncio.Future[_Answer]) -> None:
         self._calls[number] = answer, None  # its output is for nobody
         self.tell(wire.Interrupt(run=number))
-        await asyncio.wait([answer])
-        if not answer.cancelled():
+        await asyncio.wait([answer], timeout=CANCEL_SECONDS)
+        if answer.done() and not answer.cancelled():
             answer.exception()  # seen
 
     def close(self) -> None:

@@ -38,6 +38,8 @@ class _Run:
         self.msg_id = uuid.uuid4().hex
         self.emit = emit
         self.done = done
+        self.started = asyncio.Event()
+        """The guest says that the code runs: an interrupt before that would hit nothing."""
         self.began = time.monotonic()
         self.reply: dict[str, Any] | None = None
         self.asked = False
@@ -115,9 +117,11 @@ class Executor:
                 async with asyncio.timeout(timeout):
                     return await asyncio.shield(run.done)
             except TimeoutError:
+                what = f"the code took longer than its time limit of {timeout:g} s"
+                # Whoever waits for its turn behind it gets none: the VM is about to end
+                self._ended = VmGuestError(f"the VM was destroyed, since {what}")
                 raise VmTimeoutError(
-                    f"the code took longer than its time limit of {timeout:g} s; "
-                    "its VM was destroyed",
+                    f"{what}; its VM was destroyed",
                     hint="give it more time (timeout=…), or less to do",
                     code_ran="unknown",
                 ) from None
@@ -137,17 +141,22 @@ class Executor:
 
     async def interrupt(self, *, kill: bool = False) -> None:
         """Interrupt the running code; without any, do nothing.  Raises VmGuestError."""
-        if self._current is not None and self._guest is not None:
-            await self._guest.interrupt(kill=kill)
+        run, guest = self._current, self._guest
+        if run is not None and guest is not None:
+            await _begun(run)
+            if not run.done.done():
+                await guest.interrupt(kill=kill)
 
     async def _make_it_end(self, guest: Guest, run: _Run) -> None:
         """Interrupt code that nobody waits for, so that the next one gets its turn."""
+        await _begun(run)
         for kill in (False, True):
+            if run.done.done():
+                return
             try:
                 await guest.interrupt(kill=kill)
                 async with asyncio.timeout(INTERRUPT_PATIENCE):
                     await asyncio.shield(run.done)
-                return
             except (TimeoutError, VmError):
                 continue
 
@@ -163,6 +172,8 @@ class Executor:
             content = message.content
             prompt, password = str(content.get("prompt", "")), content.get("password") is True
             run.emit(InputRequest(run.msg_id, prompt, password))
+        elif message.msg_type == "execute_input":
+            run.started.set()
         elif message.msg_type == "execute_reply":
             run.reply = message.content
         elif message.msg_type in SHOWN:
@@ -205,6 +216,14 @@ class Executor:
             self._ended = self._ended or error
         finally:
             self._replacing = None
+
+
+async def _begun(run: _Run) -> None:
+    """Until the code runs or has run; not for ever, as a guest may not say so."""
+    started = asyncio.ensure_future(run.started.wait())
+    waiting: set[asyncio.Future[Any]] = {started, run.done}
+    await asyncio.wait(waiting, timeout=INTERRUPT_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+    started.cancel()
 
 
 def execute_request(msg_id: str, code: str, allow_stdin: bool = False) -> messages.ToGuest:

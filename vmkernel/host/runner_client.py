@@ -50,7 +50,7 @@ class RunnerClient:
     def _on_lost(self, error: ProtocolError | None) -> None:
         self._runner.clients.discard(self)
         self._runner.hold_output(False)
-        for task in self._runs.values():
+        for task in list(self._runs.values()):
             task.cancel()  # nobody waits for what it runs
         if self._is_owner:
             self._runner.owner_left()
@@ -74,7 +74,13 @@ class RunnerClient:
             task.add_done_callback(self._tasks.discard)
             if isinstance(call, wire.Run):
                 self._runs[request.id] = task
-                task.add_done_callback(lambda _: self._runs.pop(request.id, None))
+                task.add_done_callback(lambda task: self._on_run_over(request.id, task))
+
+    def _on_run_over(self, number: int, task: asyncio.Task[None]) -> None:
+        del self._runs[number]
+        if task.cancelled():  # perhaps before its first step, so that it could say nothing itself
+            failure = wire.Failure("VmError", "the run was cancelled", code_ran="unknown")
+            self.send(number, wire.Reply(failure))
 
     def _check_peer(self) -> None:
         """The directory lets nobody else in; this is the second lock.  Raises ProtocolError."""
@@ -92,11 +98,9 @@ class RunnerClient:
             # First the VM ends, then the news: so that what the error says is true
             self._runner.stop(error.message, error, asked_by=(self, number))
         except VmError as error:
-            # What fails as the VM ends fails for the reason why it ends
-            self.send(number, wire.Reply(wire.Failure.of(self._runner.ending or error)))
-        except asyncio.CancelledError:
-            failure = wire.Failure("VmError", "the run was cancelled", code_ran="unknown")
-            self.send(number, wire.Reply(failure))
+            # What breaks off as the VM ends does so for the reason why it ends
+            reason = self._runner.ending if error.code_ran != "no" else None
+            self.send(number, wire.Reply(wire.Failure.of(reason or error)))
         except Exception as error:
             traceback.print_exc()  # into the runner's log
             failure = wire.Failure("VmError", f"the runner failed: {error!r}", code_ran="unknown")
