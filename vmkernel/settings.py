@@ -30,6 +30,7 @@ from vmkernel.values import (
     count,
     duration,
     optional_duration,
+    optional_path,
     optional_percent,
     optional_time,
     program,
@@ -150,6 +151,17 @@ FIELDS: dict[str, Field] = {
     ),
     "qemu": Field(program, "a program on PATH, or its path", "The QEMU system emulator."),
     "images_dir": Field(absolute_path, _ABSOLUTE, "Where guest images lie."),
+    "base_images_dir": Field(
+        optional_path,
+        f"{_ABSOLUTE}, or none",
+        "Another name of `images_dir`; where it is set, it counts.",
+    ),
+    "kernel_path": Field(
+        optional_path,
+        f"{_ABSOLUTE}, or none",
+        "A Linux kernel (bzImage) for the guests, of the release that the image's modules are for; "
+        "`none`: the image's own.",
+    ),
     "cache_dir": Field(
         absolute_path, _ABSOLUTE, "Where memory templates and remembered verdicts lie."
     ),
@@ -208,6 +220,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     console_log_size: int = 1
     qemu: str = "qemu-system-x86_64"
     images_dir: Path = msgspec.field(default_factory=lambda: default_dir("images_dir", os.environ))
+    base_images_dir: Path | None = None
+    """Another name of ``images_dir``, which has the value; here it is None again."""
+    kernel_path: Path | None = None
     cache_dir: Path = msgspec.field(default_factory=lambda: default_dir("cache_dir", os.environ))
     runtime_dir: Path = msgspec.field(
         default_factory=lambda: default_dir("runtime_dir", os.environ)
@@ -221,6 +236,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         """Check what was handed in directly, by the same rules as what was read."""
+        if self.base_images_dir is not None:
+            msgspec.structs.force_setattr(self, "images_dir", self.base_images_dir)
+            msgspec.structs.force_setattr(self, "base_images_dir", None)
         for name, field in FIELDS.items():
             value = getattr(self, name)
             if value == _IN_ITS_DIR:

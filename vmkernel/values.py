@@ -148,6 +148,13 @@ def program(value: object) -> str:
     return value.strip()
 
 
+def optional_path(value: object) -> Path | None:
+    """An absolute path, or None for "none"."""
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return None
+    return absolute_path(value)
+
+
 def absolute_path(value: object) -> Path:
     """An absolute path; a leading ``~`` is the home directory."""
     if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 from typing import get_type_hints
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,9 +16,11 @@ from vmkernel.errors import SettingsError
 from vmkernel.settings import (
     FIELDS,
     Settings,
+    dump_settings,
     ensure_private_dir,
     load_settings,
     load_settings_with_sources,
+    restore_settings,
 )
 from vmkernel.values import parse_seconds, parse_size
 
@@ -251,3 +254,20 @@ def test_the_reference_page_is_up_to_date():
 
     page = Path(__file__).parents[2] / "docs" / "settings.md"
     assert page.read_text() == settings_page(), "vmkernel settings --markdown > docs/settings.md"
+
+
+def test_base_images_dir_is_another_name_of_images_dir(tmp_path: Path) -> None:
+    settings = Settings(base_images_dir=tmp_path)
+    assert settings.images_dir == tmp_path
+    other = msgspec.structs.replace(settings, images_dir=tmp_path / "other")
+    assert other.images_dir == tmp_path / "other"
+    environ = {"VMKERNEL_BASE_IMAGES_DIR": str(tmp_path)}
+    assert load_settings(environ=environ).images_dir == tmp_path
+    assert restore_settings(dump_settings(settings)) == settings
+
+
+def test_a_path_that_may_be_missing() -> None:
+    assert Settings(kernel_path=None).kernel_path is None
+    assert load_settings(environ={"VMKERNEL_KERNEL_PATH": "none"}).kernel_path is None
+    with pytest.raises(SettingsError):
+        load_settings(environ={"VMKERNEL_KERNEL_PATH": "vmlinuz"})

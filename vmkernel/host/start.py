@@ -93,8 +93,16 @@ def spec_for(settings: Settings, accelerator: Accelerator) -> Spec:
     from vmkernel.vm.tsc import host_tsc_khz
 
     qemu = find_qemu(settings.qemu, os.environ.get("PATH", os.defpath))
+    image = find_image(settings.recipe, settings)
+    kernel, kernel_digest = "", ""
+    if settings.kernel_path is not None:
+        from vmkernel.vm.guestkernel import own_kernel
+
+        kernel, kernel_digest = own_kernel(settings.kernel_path, image, settings.state_dir)
     return Spec(
-        image=find_image(settings.recipe, settings),
+        image=image,
+        kernel=kernel,
+        kernel_digest=kernel_digest,
         qemu=qemu,
         qemu_version=accel.qemu_version(qemu, settings.state_dir),
         accelerator=accelerator,

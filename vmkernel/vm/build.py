@@ -133,7 +133,7 @@ class _Boot:
         scratch_fd = os.open(work / "scratch.raw", os.O_RDWR | os.O_CLOEXEC)
         machine = spec.machine(
             vm_id=f"template-{os.getpid()}",
-            kernel=str(spec.image.kernel),
+            kernel=spec.kernel or str(spec.image.kernel),
             initrd=str(work / "initrd"),
             scratch_fd=scratch_fd,
             scratch_format="raw",

@@ -57,6 +57,9 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     vcpus: int
     scratch_size: int
     tsc_khz: int
+    kernel: str = ""
+    """Path of a kernel to boot instead of the image's (`vm.guestkernel`)."""
+    kernel_digest: str = ""
 
     def machine(self, **changes: Any) -> Machine:
         """The machine, as a clone unless ``changes`` say otherwise; descriptors are 0."""
@@ -86,7 +89,9 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
 
     def inputs(self) -> dict[str, Any]:
         """Everything that decides what the template's memory holds."""
+        own = {"kernel": self.kernel_digest} if self.kernel else {}
         return {
+            **own,
             "format": FORMAT,
             "image": self.image.digest,
             "config": guest_config(self.image.recipe),  # images are reproducible: one digest
