@@ -18,7 +18,7 @@ from vmkernel.errors import VmError
 from vmkernel.imports import import_without
 
 if TYPE_CHECKING:
-    from vmkernel.host.start import Started
+    from vmkernel.host.start import Label, Started
     from vmkernel.settings import Settings
 
 USAGE = """\
@@ -64,13 +64,12 @@ def parse_arguments(arguments: list[str]) -> tuple[Path, dict[str, str], list[st
     return Path(connection_file), overrides, options
 
 
-def begin(settings: Settings, kernel_id: str) -> Started | None:
+def begin(settings: Settings, label: Label) -> Started | None:
     """Start QEMU now if that is possible; a failure is left for the orderly way to report."""
-    from vmkernel.host.start import Label
     from vmkernel.host.start import begin as begin_vm
 
     try:
-        return begin_vm(settings, Label(kernel_id, kernel_id))
+        return begin_vm(settings, label)
     except (VmError, OSError):
         return None
 
@@ -95,7 +94,7 @@ def main() -> NoReturn:
 
         settings = settings_for_recipe(load_settings_with_sources(overrides))
         trace.mark("settings read")
-        begun = begin(settings, _kernel_id(connection_file))
+        begun = begin(settings, label_of(connection_file))
     except VmError as error:
         failure = error
         settings = Settings()
@@ -112,6 +111,9 @@ def main() -> NoReturn:
     os._exit(status)  # nothing is left to tidy: interpreter shutdown would only take time
 
 
-def _kernel_id(connection_file: Path) -> str:
-    """The kernel's id, as Jupyter puts it into the connection file's name."""
-    return connection_file.stem.removeprefix("kernel-")
+def label_of(connection_file: Path) -> Label:
+    """Whose VM it is: the kernel's id is in the file's name, where Jupyter puts it."""
+    from vmkernel.host.start import Label
+
+    kernel_id = connection_file.stem.removeprefix("kernel-")
+    return Label(kernel_id, str(connection_file.absolute()))

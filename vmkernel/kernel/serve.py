@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from vmkernel import trace
 from vmkernel.errors import VmError
 from vmkernel.kernel.history import History
+from vmkernel.kernel.launch import label_of
 from vmkernel.kernel.sockets import Sockets
 from vmkernel.kernel.wrapper import Wrapper
 
@@ -49,9 +50,8 @@ async def serve(
             await VmStart(settings, Label(), begun).close()
         return 1
     trace.mark("sockets bound")
-    kernel_id = connection_file.stem.removeprefix("kernel-")
     history = History(settings, options)
-    wrapper = Wrapper(settings, sockets, kernel_id, history, begun, failure)
+    wrapper = Wrapper(settings, sockets, label_of(connection_file), history, begun, failure)
     manifest = wrapper.supply.manifest()
     if manifest is not None and manifest.recipe.engine != "python":
         history.on = False  # it is IPython's; another kernel may have one of its own, in the guest

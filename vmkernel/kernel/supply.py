@@ -53,7 +53,7 @@ class GuestSupply:
     def __init__(
         self,
         settings: Settings,
-        kernel_id: str,
+        label: Label,
         begun: Started | None,
         owner: Owner,
         final: VmError | None = None,
@@ -63,7 +63,7 @@ class GuestSupply:
         self.failed: VmError | None = None
         """Why the last start failed; None when it did not."""
         self._settings = settings
-        self._label = Label(kernel_id, kernel_id)
+        self._label = label
         self._begun = begun
         self._owner = owner
         self._final = final

@@ -29,7 +29,7 @@ from vmkernel.protocol.messages import COMM_TYPES
 
 if TYPE_CHECKING:
     from vmkernel.host.guest import Guest, KernelDeath
-    from vmkernel.host.start import Started
+    from vmkernel.host.start import Label, Started
     from vmkernel.settings import Settings
 
 log = logging.getLogger("vmkernel")
@@ -69,13 +69,13 @@ class Wrapper:
         self,
         settings: Settings,
         sockets: Sockets,
-        kernel_id: str,
+        label: Label,
         history: History,
         begun: Started | None,
         failure: VmError | None = None,
     ) -> None:
         self.sockets = sockets
-        self.supply = GuestSupply(settings, kernel_id, begun, self, failure)
+        self.supply = GuestSupply(settings, label, begun, self, failure)
         self.history = history
         self.execution_count = 0
         self._main = Lane(self, self._on_lane_failure)
