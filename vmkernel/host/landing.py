@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -91,7 +90,7 @@ def named_file(path: Path, mode: int) -> Iterator[int]:
                     f"On the host, {path} is neither a file nor a link to one, and stays",
                     hint="choose another name",
                 )
-        temporary = f".{secrets.token_hex(8)}.part".encode()
+        temporary = f".{os.urandom(8).hex()}.part".encode()
         with new_file_in(parent, temporary, mode) as fd:
             yield fd
             os.rename(temporary, path.name, src_dir_fd=parent, dst_dir_fd=parent)

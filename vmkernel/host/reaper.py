@@ -19,6 +19,7 @@ from vmkernel.host import processes, running
 from vmkernel.host.processes import ProcessIdentity
 from vmkernel.host.registry import Registry, VmRecord, VmStatus, status_of, vm_dir
 from vmkernel.host.startlock import StartLock
+from vmkernel.host.trees import remove_tree
 from vmkernel.models import ENDED, VmState
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def _settle(settings: Settings, registry: Registry, vm_id: str) -> bool:
         return False
     directory = vm_dir(settings, vm_id)
     if record is not None or _is_old(directory):
-        _remove_tree(directory)
+        remove_tree(directory)
     if record is None or not dead:
         return False
     try:
@@ -178,12 +179,6 @@ def _is_old(directory: Path) -> bool:
         return time.time() - directory.stat().st_mtime > running.YOUNG
     except OSError:
         return False
-
-
-def _remove_tree(directory: Path) -> None:
-    import shutil  # not before something is to be removed: it imports the compressors
-
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _warn(message: str, *values: object) -> None:

@@ -24,6 +24,7 @@ from vmkernel.host.capacity import Slot
 from vmkernel.host.registry import vm_dir
 from vmkernel.host.start import Label, Started, begin
 from vmkernel.host.startlock import StartLock
+from vmkernel.host.trees import remove_tree
 from vmkernel.imports import import_without
 from vmkernel.protocol import frames, messages
 from vmkernel.settings import ensure_private_dir, restore_settings
@@ -246,9 +247,7 @@ class Runner:
         await loop.create_unix_server(lambda: RunnerClient(self).port, sock=listener)
 
     def _remove_directory(self) -> None:
-        import shutil
-
-        shutil.rmtree(self._directory, ignore_errors=True)
+        remove_tree(self._directory)
 
     async def _hang_up(self) -> None:
         """Let every client have what was said to it, for a moment; then end."""

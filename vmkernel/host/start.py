@@ -31,6 +31,7 @@ from vmkernel.errors import (
 from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
 from vmkernel.host.processes import tag_of
+from vmkernel.host.trees import remove_tree
 from vmkernel.models import ENDED, VmState
 from vmkernel.vm import accel
 from vmkernel.vm.machine import Spawned, spawn
@@ -134,7 +135,7 @@ def begin(settings: Settings, label: Label, slot: Slot | None = None) -> Started
         try:
             return _spawn_clone(settings, spec, template, record, slot, label)
         except BaseException:
-            _remove_tree(log_dir(settings, record.vm_id))  # the next attempt has its own
+            remove_tree(log_dir(settings, record.vm_id))  # the next attempt has its own
             raise
 
 
@@ -275,7 +276,7 @@ class VmStart:
                     await self._written()
                 self._writing = None
             if self.vm_id and not keep_logs:
-                _remove_tree(log_dir(self.settings, self.vm_id))
+                remove_tree(log_dir(self.settings, self.vm_id))
 
     def _write(self, change: Callable[..., None], *values: object) -> None:
         """Change the record in a thread, after the change before, whatever became of that."""
@@ -442,18 +443,12 @@ def prune_logs(settings: Settings) -> None:
     young = time.time_ns() - _YOUNG  # a start may be ahead of its record
     for path in found[:-KEPT_LOGS]:
         if _age(path) < young:
-            _remove_tree(path)
+            remove_tree(path)
 
 
 def remove_logs(settings: Settings, vm_id: str) -> None:
     """Remove what a VM that ended well has left in the logs."""
-    _remove_tree(log_dir(settings, vm_id))
-
-
-def _remove_tree(path: Path) -> None:
-    import shutil  # with it come the compressors; a VM is to start before
-
-    shutil.rmtree(path, ignore_errors=True)
+    remove_tree(log_dir(settings, vm_id))
 
 
 def _age(path: Path) -> int:
