@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vmkernel.cli.output import print_json
-from vmkernel.cli.streams import plain
-
 if TYPE_CHECKING:
     from vmkernel.errors import VmError
     from vmkernel.host.registry import VmRecord
@@ -34,6 +31,9 @@ class Account:
 
     def print(self, exit_code: int, error: VmError | None = None) -> None:
         """Print the document; *error* is vmkernel's own."""
+        from vmkernel.cli.output import print_json
+        from vmkernel.cli.streams import plain
+
         result = self.result
         said = {name: "".join(parts) for name, parts in self._heard.items()}
         code_error = None

@@ -129,9 +129,14 @@ class Foreground:
             if interrupt is not None and first and not blocked:
                 waiting = asyncio.ensure_future(interrupt())
                 self._interrupting.add(waiting)
-                waiting.add_done_callback(self._interrupting.discard)
+                waiting.add_done_callback(self._seen)
                 return
         self.end(number)
+
+    def _seen(self, interrupting: asyncio.Future[None]) -> None:
+        self._interrupting.discard(interrupting)
+        if not interrupting.cancelled():
+            interrupting.exception()  # a VM that ends meanwhile is told by who runs the code
 
 
 def _open_standard_streams() -> None:

@@ -149,6 +149,8 @@ def _show(parts: list[_Log]) -> None:
     for log in parts:
         if data := log.read():
             out.write(log.name, data)
+    if not out.said:
+        click.echo("nothing has been said yet", err=True)
 
 
 def _follow(parts: list[_Log], alive: Callable[[], bool]) -> None:
@@ -170,10 +172,12 @@ class _Out:
 
     def __init__(self, headings: bool) -> None:
         self._headings = headings
+        self.said = False
         self._last = ""
         self._terminal = sys.stdout.isatty()
 
     def write(self, name: str, data: bytes) -> None:
+        self.said = True
         if self._headings and name != self._last:
             click.echo(f"{chr(10) if self._last else ''}==> {name} <==")
             self._last = name

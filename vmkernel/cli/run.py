@@ -73,6 +73,12 @@ def run(
     Exit code and streams are the code's own. 124: it took longer than --timeout; 125: vmkernel
     itself failed; 128 + N: ended by signal N. Options for vmkernel come before FILE.
     """
+    from vmkernel.imports import import_without
+
+    # 20 ms: nothing here speaks TLS, and a hash of a few words needs no OpenSSL
+    import_without("ssl", "asyncio")
+    import_without("_hashlib", "hashlib")
+    import_without("typing_extensions", "msgspec")
     from vmkernel.cli.foreground import Foreground, exit_codes
 
     if code is not None and file is not None:
