@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "vmkernel.host.manager": ("VmManager",),
+    "vmkernel.host.scheduler": ("Scheduler",),
+    "vmkernel.host.scheduling": ("SchedulerConfig", "SchedulerStatistics"),
     "vmkernel.host.handle": ("VmHandle",),
     "vmkernel.models": ("Language", "Output", "RunError", "RunResult", "VmState"),
     "vmkernel.host.registry": ("VmRecord", "VmStatus"),

@@ -21,6 +21,9 @@ from vmkernel.host.handle import VmHandle as VmHandle
 from vmkernel.host.manager import VmManager as VmManager
 from vmkernel.host.registry import VmRecord as VmRecord
 from vmkernel.host.registry import VmStatus as VmStatus
+from vmkernel.host.scheduler import Scheduler as Scheduler
+from vmkernel.host.scheduling import SchedulerConfig as SchedulerConfig
+from vmkernel.host.scheduling import SchedulerStatistics as SchedulerStatistics
 from vmkernel.models import Language as Language
 from vmkernel.models import Output as Output
 from vmkernel.models import RunError as RunError

@@ -35,7 +35,10 @@ class VmError(Exception):
 
     ``hint`` says what to do about it, ``log_path`` where to read more (or None).
     ``code_ran`` is "no" when the user's code surely did not run, else "unknown".
+    ``result`` is a `vmkernel.RunResult` with what it put out until then, where that is known.
     """
+
+    result: Any = None
 
     def __init__(
         self,
@@ -117,12 +120,7 @@ class VmExpiredError(VmGuestError):
 
 
 class VmTimeoutError(VmGuestError, TimeoutError):
-    """Code took longer than its time limit; its VM was destroyed.
-
-    ``result`` is a `vmkernel.RunResult` with what it had put out until then, or None.
-    """
-
-    result: Any = None
+    """Code took longer than its time limit; its VM was destroyed.  ``result`` has its output."""
 
 
 class ProtocolError(VmGuestError):

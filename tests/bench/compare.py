@@ -6,6 +6,7 @@
     script/bench --only start         one block (repeatable)
     script/bench --kernel NAME        which kernelspecs; the first is what others are compared to
     script/bench --waterfall          where the time from the spawn to the first result goes
+    script/bench --oneshot            `vmkernel run` of hello world beside python3, bubblewrap, …
 
 Black box: jupyter_client starts the kernels, as any front end does, and /proc tells their memory.
 The table and a JSON file with every sample go to bench-output/.  It never fails on a figure: one
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import oneshot
 import report
 import waterfall
 from blocks import BLOCKS, Run
@@ -53,6 +55,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--many", type=int, help="kernels at once for memory (5; quick: 3)")
     parser.add_argument(
         "--waterfall", action="store_true", help="show the steps of a start instead"
+    )
+    parser.add_argument(
+        "--oneshot", action="store_true", help="measure one-shot runs of hello world instead"
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="directory of the results")
     options = parser.parse_args()
@@ -101,6 +106,8 @@ def main() -> int:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if options.waterfall:
         return waterfall.main(options.kernel, options.rounds, options.output, say)
+    if options.oneshot:
+        return oneshot.main(options.rounds, options.output, say)
     begun = time.time()
     stamp = time.strftime("%Y-%m-%dT%H%M%S", time.localtime(begun))
     host: dict[str, Any] = machine.describe()

@@ -149,7 +149,7 @@ async def test_B2_a_waiter_hears_its_place_and_goes_on_when_a_slot_is_freed(path
 
 
 async def test_B2_the_time_limit_names_limit_holders_and_place(path: Path) -> None:
-    semaphore = Semaphore(path, 1, name_of=lambda pid: f"kernel of {pid}")
+    semaphore = Semaphore(path, 1, name_of=lambda pid, lease: f"kernel of {pid}")
     slot = await semaphore.acquire()
     before = open_descriptors()
     other = asyncio.create_task(semaphore.acquire())

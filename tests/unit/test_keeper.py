@@ -15,8 +15,9 @@ from vmkernel.host import keeper as keeper_module
 from vmkernel.host import pool
 from vmkernel.host.capacity import Semaphore, Slot, Statistics
 from vmkernel.host.inotify import FileWatch
-from vmkernel.host.keeper import Keeper, to_its_end
+from vmkernel.host.keeper import Keeper
 from vmkernel.host.pool import Place
+from vmkernel.host.runner_start import to_its_end
 
 
 class FakeVm:

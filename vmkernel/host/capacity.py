@@ -162,7 +162,8 @@ class Slot:
 class Semaphore:
     """At most ``limit`` slots at once, over all processes that use the file ``path``.
 
-    ``setting`` and ``what`` name the limit in messages; ``name_of`` may name a holder by its pid.
+    ``setting`` and ``what`` name the limit in messages; ``name_of`` may name a holder by the pid
+    that took the slot, and the lease.
     Raises SettingsError for a limit outside 1…16384. Nothing is opened before the first use.
     """
 
@@ -173,7 +174,7 @@ class Semaphore:
         *,
         what: str = "VM slot",
         setting: str = "max_concurrent_vms",
-        name_of: Callable[[int], str] | None = None,
+        name_of: Callable[[int, int], str] | None = None,
     ) -> None:
         if not 1 <= limit <= MAX_SLOTS:
             raise SettingsError(
@@ -255,8 +256,8 @@ class Semaphore:
         found = []
         for file in (self._current(), *self._replaced):
             for index in file.held():
-                pid = file.taker(index)
-                found.append(Holder(index, pid, "" if pid is None else self._name(pid)))
+                pid, lease = file.taker(index)
+                found.append(Holder(index, pid, "" if pid is None else self._name(pid, lease)))
         return found
 
     def follow(self, watch: FileWatch) -> bool:
@@ -326,8 +327,8 @@ class Semaphore:
                 del self._watches[loop]
                 watch.close()
 
-    def _name(self, pid: int) -> str:
-        name = self._name_of(pid) if self._name_of else ""
+    def _name(self, pid: int, lease: int) -> str:
+        name = self._name_of(pid, lease) if self._name_of else ""
         if not name:
             from vmkernel.host.processes import describe
 
@@ -397,10 +398,10 @@ def vm_slots(settings: Settings) -> Semaphore:
     Raises SettingsError when the file lies in ``runtime_dir`` and that is not private to the user.
     """
 
-    def name_of(pid: int) -> str:
+    def name_of(pid: int, lease: int) -> str:
         from vmkernel.host.registry import name_of_runner
 
-        return name_of_runner(settings, pid)
+        return name_of_runner(settings, pid, lease)
 
     path = _semaphore_file(settings)
     return Semaphore(path, settings.max_concurrent_vms, name_of=name_of)

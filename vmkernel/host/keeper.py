@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -267,15 +266,3 @@ class Keeper(Generic[V]):
         self._changed.set()
         if self._watch is not None:
             self._watch.wake()
-
-
-async def to_its_end(work: Coroutine[Any, Any, None]) -> None:
-    """Await ``work`` until it is done, even when cancelled meanwhile; the cancellation follows."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        while not task.done():  # an impatient caller cancels more than once
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([task])
-        raise

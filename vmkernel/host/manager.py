@@ -49,11 +49,11 @@ _DESCRIBING = ("name", "tenant_id", "task_id")
 """What `VmManager.update_vm` changes besides settings."""
 
 
-class _Unset:
+class Unset:
     """Stands for "as the settings say", where None means something else."""
 
 
-UNSET = _Unset()
+UNSET = Unset()
 
 
 class VmManager:
@@ -103,7 +103,7 @@ class VmManager:
         task_id: str = "",
         env: Mapping[str, str] | None = None,
         keep: bool = False,
-        timeout: float | _Unset | None = UNSET,
+        timeout: float | Unset | None = UNSET,
         on_progress: OnProgress | None = None,
         **settings: Any,
     ) -> VmHandle:
@@ -156,7 +156,7 @@ class VmManager:
         vm: str,
         *,
         env: Mapping[str, str] | None = None,
-        timeout: float | _Unset | None = UNSET,
+        timeout: float | Unset | None = UNSET,
         on_progress: OnProgress | None = None,
     ) -> VmHandle:
         """Start a VM that is on record and does not run, with the settings it was created with.
@@ -380,7 +380,7 @@ class VmManager:
 def _waiting_for_slot(
     settings: Settings,
     record: VmRecord,
-    timeout: float | _Unset | None,
+    timeout: float | Unset | None,
     on_progress: OnProgress | None,
 ) -> TakeSlot:
     def tell(place: QueuePosition) -> None:
@@ -390,7 +390,7 @@ def _waiting_for_slot(
     async def take() -> Slot:
         return await shared_slots(settings).acquire(
             on_wait=tell,
-            timeout=settings.queue_timeout if isinstance(timeout, _Unset) else timeout,
+            timeout=settings.queue_timeout if isinstance(timeout, Unset) else timeout,
             label=record.vm_id,
         )
 

@@ -367,15 +367,18 @@ class Registry:
             opened.connection.close()
 
 
-def name_of_runner(settings: Settings, pid: int) -> str:
-    """What the process runs: the VM's id and its kernel's; "" when it is no runner of this user."""
+def name_of_runner(settings: Settings, pid: int, lease: int = 0) -> str:
+    """What the process runs: the VM's id and its kernel's; "" when it is no runner of this user.
+
+    ``lease``: of the slot that it took; who creates VMs takes a slot for each of them.
+    """
     try:
         with Registry(settings) as registry:
             statuses = registry.list()
     except RegistryError:
         return ""  # it is for a message that has something else to tell
-    for record, _, _ in statuses:
-        if pid in (record.runner_pid, record.qemu_pid):
+    for record, _, _ in sorted(statuses, key=lambda status: status.record.slot_lease != lease):
+        if pid in (record.runner_pid, record.qemu_pid) or (lease and record.slot_lease == lease):
             return record.vm_id + (f", kernel {record.kernel_id}" if record.kernel_id else "")
     return ""
 

@@ -107,11 +107,11 @@ class SlotFile:
         locks = self._locks(0, MAX_SLOTS)
         return [index for first, after_last in locks for index in range(first, after_last)]
 
-    def taker(self, index: int) -> int | None:
-        """The pid that took slot ``index``, as it called itself; None when unknown."""
+    def taker(self, index: int) -> tuple[int | None, int]:
+        """The pid that took slot ``index``, as it called itself, and its lease; or (None, 0)."""
         start, end = _lease_range(index)
         lock = self._any_lock(start, end)
-        return None if lock is None else (lock[0] - start) >> _SERIAL_BITS
+        return (None, 0) if lock is None else ((lock[0] - start) >> _SERIAL_BITS, lock[0])
 
     def waiting(self, before: int | None = None) -> int:
         """How many wait; with ``before``, how many of them came before that ticket."""
