@@ -180,7 +180,7 @@ class Connection:
         Cancelling a `wire.Run` interrupts the code and waits for its end.  Raises the VmError that
         the runner answers with, or VmGuestError when it is gone.
         """
-        if not self._port.connected:
+        if not self.connected:  # a runner that said that its VM ended still hangs up
             raise self._gone()
         self._next += 1
         number = self._next

@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vmkernel.errors import ProtocolError, VmError, VmGuestError, VmTimeoutError
+from vmkernel.errors import (
+    ProtocolError,
+    VmError,
+    VmExpiredError,
+    VmGuestError,
+    VmTimeoutError,
+)
 from vmkernel.host import wire
 from vmkernel.protocol import frames, messages
 from vmkernel.vm.ports import Port
@@ -99,8 +105,13 @@ class RunnerClient:
             self._runner.stop(error.message, error, asked_by=(self, number))
         except VmError as error:
             # What breaks off as the VM ends does so for the reason why it ends
-            reason = self._runner.ending if error.code_ran != "no" else None
-            self.send(number, wire.Reply(wire.Failure.of(reason or error)))
+            failure = wire.Failure.of(error)
+            ending = self._runner.ending
+            if ending is not None and (
+                error.code_ran != "no" or isinstance(ending, VmExpiredError)
+            ):
+                failure = msgspec.structs.replace(wire.Failure.of(ending), code_ran=error.code_ran)
+            self.send(number, wire.Reply(failure))
         except Exception as error:
             traceback.print_exc()  # into the runner's log
             failure = wire.Failure("VmError", f"the runner failed: {error!r}", code_ran="unknown")
