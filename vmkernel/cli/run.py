@@ -96,7 +96,8 @@ def run(
     with exit_codes(job.account.print if as_json else None):
         from vmkernel.cli.script import read_source
 
-        exit_code = job.foreground.run(lambda: job.work(read_source(file, code, arguments)))
+        source = read_source(file, code, arguments)  # may wait for a person, whom Ctrl-C then ends
+        exit_code = job.foreground.run(lambda: job.work(source))
         if as_json:
             job.account.print(exit_code)
         sys.exit(exit_code)

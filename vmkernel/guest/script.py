@@ -72,11 +72,11 @@ class Script:
         sys.argv = argv
         names = shell.user_ns
         names["exit"] = names["quit"] = sys.exit
-        shell.execution_count = 1  # this was none of the script's cells
         if file:
             names["__file__"] = file = os.path.abspath(file)
-            shell.compile.get_code_name = lambda *_: file
-            shell.compile.format_code_name = lambda name: None
+        code_name = file or ("<stdin>" if argv[0] == "-" else f"<{argv[0]}>")
+        shell.compile.get_code_name = lambda *_: code_name
+        shell.compile.format_code_name = lambda name: None  # not "Cell In[2]"
         raw = Stdin(kernel.raw_input, terminal)
         sys.stdin = sys.__stdin__ = io.TextIOWrapper(  # type: ignore[misc]
             io.BufferedReader(raw), encoding="utf-8", errors="surrogateescape"
