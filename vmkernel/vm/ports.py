@@ -107,6 +107,8 @@ class Port(asyncio.Protocol):
         """Hang up; ``on_lost`` is not called any more."""
         self._on_lost = lambda error: None
         self._on_message = lambda body, buffers: None
+        # asyncio tells of the loss a turn later: who sends before that would wait for ever.
+        self._broken = True
         if self._transport is not None:
             self._transport.abort()
 
