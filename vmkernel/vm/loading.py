@@ -67,7 +67,7 @@ class StateLoader:
         """Wait until the guest runs.
 
         Raises VmBootError when QEMU did not even greet, TemplateError when it refuses the state
-        (it then ends) or takes more than ``timeout`` seconds.
+        (it then ends) or takes for it more than ``timeout`` seconds.
         """
         import asyncio
 
@@ -75,6 +75,10 @@ class StateLoader:
             async with asyncio.timeout(timeout):
                 await asyncio.shield(self._done)
         except TimeoutError as error:
+            if not self._greeted:
+                raise VmBootError(
+                    f"QEMU did not come up within {timeout:g} s", hint="Run `vmkernel doctor`"
+                ) from error
             raise TemplateError(
                 f"The template's state could not be loaded within {timeout:g} s", hint=_REBUILD
             ) from error
