@@ -235,7 +235,9 @@ class VmStart:
             finally:
                 await self.close(
                     keep_logs=isinstance(failure, VmError),
-                    cause=str(failure) if isinstance(failure, VmError) else "",
+                    cause=str(failure)
+                    if isinstance(failure, VmError)
+                    else "its start was given up",
                 )
             if failure is not error:
                 raise failure from error
@@ -320,7 +322,8 @@ class VmStart:
             self._registry.add(record)
             return
         names = ("state", "boot_id", "runner_pid", "runner_start", "qemu_pid", "qemu_start", "slot",
-                 "template", "recipe", "accelerator", "memory", "vcpus", "log_dir")  # fmt: skip
+                 "slot_lease", "template", "recipe", "accelerator", "memory", "vcpus",
+                 "log_dir")  # fmt: skip
         changes = {name: getattr(record, name) for name in names}
         self._registry.update(record.vm_id, **changes)
 
@@ -535,6 +538,7 @@ def _spawn_clone(
             record,
             state=VmState.STARTING,
             slot=slot.index,
+            slot_lease=slot.lease,
             template=template.manifest.key,
             accelerator=spec.accelerator,
             qemu_pid=spawned.process.pid,
