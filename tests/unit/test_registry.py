@@ -60,6 +60,8 @@ def test_A1_a_record_names_its_processes_with_their_start_times(
         assert registry.name_of_runner(settings, os.getpid()) == f"{vm.vm_id}, kernel k1"
         assert registry.name_of_runner(settings, pid) == f"{vm.vm_id}, kernel k1"
         assert registry.name_of_runner(settings, 1) == ""
+        record.update(vm.vm_id, slot_lease=77)
+        assert registry.name_of_runner(settings, 1, 77) == f"{vm.vm_id}, kernel k1"
         (status,) = record.list()
         assert status.state is VmState.RUNNING
         qemu.kill()
