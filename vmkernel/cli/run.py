@@ -6,6 +6,7 @@ the time is the VM, so nothing is imported here before it is needed.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -73,8 +74,11 @@ def run(
     Exit code and streams are the code's own. 124: it took longer than --timeout; 125: vmkernel
     itself failed; 128 + N: ended by signal N. Options for vmkernel come before FILE.
     """
+    from vmkernel import trace
     from vmkernel.imports import import_without
 
+    trace.begin(os.environ.get(trace.VARIABLE, ""))
+    trace.mark("command: options read")
     # 20 ms: nothing here speaks TLS, and a hash of a few words needs no OpenSSL
     import_without("ssl", "asyncio")
     import_without("_hashlib", "hashlib")
@@ -98,9 +102,10 @@ def run(
 
         source = read_source(file, code, arguments)  # may wait for a person, whom Ctrl-C then ends
         exit_code = job.foreground.run(lambda: job.work(source))
+        trace.mark("command: VM gone")
         if as_json:
             job.account.print(exit_code)
-        sys.exit(exit_code)
+        os._exit(exit_code)  # all is written and tidy; an interpreter's end takes 20 ms
 
 
 class _Run:
@@ -128,12 +133,13 @@ class _Run:
 
     async def work(self, source: Source) -> int:
         """Start a VM, run the code, destroy the VM.  Returns the exit code.  Raises VmError."""
-        from vmkernel import VmManager
+        from vmkernel import VmManager, trace
         from vmkernel.cli.account import describe
         from vmkernel.cli.progress import Waiting
         from vmkernel.image.store import find_image
 
         settings = self._options.load(source.language)
+        trace.mark("command: settings read")
         self.account.room = settings.max_output << 20
         began = time.monotonic()
         async with VmManager(settings) as manager:
@@ -147,11 +153,13 @@ class _Run:
                 )
             started = round(time.monotonic() - began, 3)
             self.account.vm = describe(vm.record) | {"start_seconds": started}
+            trace.mark("command: VM up")
             recipe = find_image(settings.recipe, settings).recipe
             plan = source.plan(recipe.language.name, engine=recipe.engine == "python")
             return await self._run(vm, plan)
 
     async def _run(self, vm: VmHandle, plan: Plan) -> int:
+        from vmkernel import trace
         from vmkernel.cli.foreground import run_code
         from vmkernel.cli.output import say_skipped
         from vmkernel.errors import VmGuestError, VmTimeoutError
@@ -168,6 +176,7 @@ class _Run:
                     f"the guest could not be prepared for a script: {prepared.error.value}",
                     hint="is its recipe's kernel an IPython? --recipe names another one",
                 )
+        trace.mark("command: script prepared")
         try:
             result = await run_code(
                 self.foreground,
@@ -180,6 +189,7 @@ class _Run:
         except VmTimeoutError as error:
             error.hint = "give it more time (--timeout), or less to do"
             raise
+        trace.mark("command: code ended")
         for item in self._outward:
             await self._get(vm, item, code_failed=result.exit_code != 0)
         return result.exit_code

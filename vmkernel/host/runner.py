@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from vmkernel import trace
 from vmkernel.errors import VmError, VmExpiredError
 from vmkernel.host import wire
 from vmkernel.host.capacity import Slot
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> NoReturn:
     """Run one VM: VM_ID DATABASE SOCKET_FD SLOT_FD LOCK_FD."""
+    trace.begin(os.environ.get(trace.VARIABLE, ""))
+    trace.mark("runner: imported")
     vm_id, _, *numbers = arguments  # the database is named for who reads the process table
     socket_fd, slot_fd, lock_fd = map(int, numbers)
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -59,6 +62,7 @@ def main(arguments: list[str]) -> NoReturn:
         begun = begin(settings, label, slot)
     except VmError as error:
         failure = error
+    trace.mark("runner: QEMU started")
     import_without("ssl", "asyncio")  # 12 ms, and 2 MiB for each runner
     import asyncio
 

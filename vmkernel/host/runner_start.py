@@ -17,6 +17,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vmkernel import trace
 from vmkernel.errors import VmBootError, VmError, VmGuestError, VmNotFoundError, VmStateError
 from vmkernel.host import reaper, wire
 from vmkernel.host.client import Connection, RunnerProcess, spawn_runner
@@ -75,6 +76,7 @@ async def start_vm(
                 dump_settings(settings), slot.index, slot.lease, dict(env), record.kept
             )
             try:
+                trace.mark("slot taken")
                 runner, sock = spawn_runner(settings, vm_id, log_dir(settings, vm_id), slot, lock)
             except VmError as error:
                 await _mark_failed(registry, vm_id, error)
