@@ -218,7 +218,7 @@ def test_lines_bytes_and_the_end_of_input():
     assert source("", True) == "last"
     assert source("", False) == stdin.END
     assert source(stdin._ASKS_FOR_BYTES, False) == "="
-    assert prompts == ["name? ", "", "", ""]
+    assert prompts == ["name? "]
     source.close()
     os.close(reader)
 

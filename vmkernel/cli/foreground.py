@@ -53,9 +53,9 @@ class Foreground:
         """Called when the work is cancelled"""
         self.streams: Streams | None = None
         self.interrupted = False
-        self._ended_by = 0
         self.failure: VmError | None = None
         """Why the work is ended, where that is no signal"""
+        self._ended_by = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self._interrupting: set[asyncio.Future[None]] = set()
@@ -167,7 +167,12 @@ async def run_code(
     from vmkernel.cli.streams import Streams
 
     streams = Streams(foreground.output_failed, results=results, script=script)
-    stdin = Stdin(lambda text: streams.write(1 if account is None else 2, text))
+    loop = asyncio.get_running_loop()
+
+    def say(prompt: str) -> None:  # called in a thread, and a blocked write is the main thread's
+        loop.call_soon_threadsafe(streams.write, 1 if account is None else 2, prompt)
+
+    stdin = Stdin(say)
     foreground.streams, foreground.on_end = streams, stdin.give_up
     foreground.on_interrupt = vm.interrupt
     running = asyncio.ensure_future(
@@ -209,9 +214,11 @@ def exit_codes(on_failure: Callable[[int, VmError | None], None] | None = None) 
         code = 128 + end.number
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    with contextlib.suppress(OSError):  # nobody reads it
+    try:
         if on_failure is not None:
             on_failure(code, error)
         if error is not None:
             click.echo(f"vmkernel: error: {error.explain()}", err=True)
+    except OSError:
+        os._exit(code)  # nobody reads it; the interpreter would try again, and end with 120
     sys.exit(code)

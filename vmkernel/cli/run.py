@@ -7,7 +7,6 @@ the time is the VM, so nothing is imported here before it is needed.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -42,7 +42,8 @@ class Stdin:
         if prompt == _ASKS_FOR_BYTES:
             # A sign before it: a kernel takes a lone ^D for the end of input
             return "=" + self._bytes().decode("latin-1")
-        self._say(prompt)
+        if prompt:
+            self._say(prompt)
         if password and os.isatty(self._fd):
             return self._secret()
         return self._line()
