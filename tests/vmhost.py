@@ -8,6 +8,7 @@ from all others in the process table, whoever its parent is.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import shutil
@@ -24,7 +25,7 @@ import psutil
 
 from vmkernel.host.capacity import Statistics, vm_slots
 from vmkernel.host.guest import Guest
-from vmkernel.host.registry import Registry
+from vmkernel.host.registry import Registry, vms_dir
 from vmkernel.host.start import Label, VmStart
 from vmkernel.protocol import messages
 from vmkernel.settings import Settings, load_settings
@@ -136,14 +137,18 @@ class VmHost:
     def sockets(self) -> list[Path]:
         """Every socket and pipe in this host's directories."""
         kinds = (stat.S_ISSOCK, stat.S_ISFIFO)
-        found = [path for path in self.directory.rglob("*") if not path.is_symlink()]
-        return [path for path in found if any(kind(path.stat().st_mode) for kind in kinds)]
+        found = []
+        for path in self.directory.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # it went while we looked
+                if any(kind(path.lstat().st_mode) for kind in kinds):
+                    found.append(path)
+        return found
 
     def records(self) -> list[str]:
         """The VMs that have not ended, as far as the record says or a directory of theirs does."""
         with Registry(self.settings()) as registry:
             known = {record.vm_id for record, *_ in registry.list()}
-        vms = self.runtime_dir / "vms"
+        vms = vms_dir(self.settings())
         return sorted(known | ({path.name for path in vms.iterdir()} if vms.is_dir() else set()))
 
     def left(self) -> list[str]:

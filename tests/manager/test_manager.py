@@ -163,6 +163,42 @@ class TestRun:
         result = await vm.run("import os; print(os.path.exists('file'), 'time' in globals())")
         assert result.stdout == "True False\n"
 
+    async def test_cancelled_twice_it_still_ends(self, vm: VmHandle) -> None:
+        code = "import signal, time\nsignal.signal(2, signal.SIG_IGN)\nwhile True: time.sleep(1)"
+        running = asyncio.ensure_future(vm.run(code))
+        await asyncio.sleep(1)
+        running.cancel()
+        await asyncio.sleep(1)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        async with asyncio.timeout(30):
+            assert (await vm.run("print('on')")).stdout == "on\n"
+
+    async def test_kernels_that_die_again_and_again(self, host: VmHost, vm: VmHandle) -> None:
+        """What code left behind kills each guest kernel: another comes a few times, then none."""
+        killer = (
+            "import os, signal\n"
+            "while True:\n"
+            "    for pid in os.listdir('/proc'):\n"
+            "        try:\n"
+            "            if pid.isdigit() and int(pid) not in (1, os.getpid()):\n"
+            "                os.kill(int(pid), signal.SIGKILL)\n"
+            "        except OSError: pass\n"
+        )
+        result = await vm.run(
+            "import subprocess, time\n"
+            f"subprocess.Popen(['python3', '-c', {killer!r}], start_new_session=True)\n"
+            "time.sleep(100)"
+        )
+        assert result.error is not None
+        assert result.error.name == "GuestKernelDied"
+        async with asyncio.timeout(60):
+            error = await vm.wait_ended()
+        assert error is not None
+        assert "no other stayed in its place" in str(error)
+        assert host.qemus() == []
+
     async def test_an_interrupt_is_the_code_s_own_error(self, vm: VmHandle) -> None:
         await vm.interrupt()  # of nothing: nothing
         running = asyncio.ensure_future(vm.run("import time\ntime.sleep(100)"))
@@ -240,6 +276,70 @@ class TestRun:
         await vm.run("for _ in range(2000): print('x' * 9999)", on_output=on_output)
         assert heard == 20_000_000
         assert most - before < 15 << 20
+
+    async def test_a_slow_listener_holds_it_back_while_others_come_and_go(
+        self, host: VmHost, vm: VmHandle
+    ) -> None:
+        import psutil
+
+        script = (
+            "import asyncio, sys, time\n"
+            "from vmkernel import VmManager\n"
+            "async def main():\n"
+            "    async with VmManager() as manager:\n"
+            "        vm = await manager.get_vm(sys.argv[1])\n"
+            "        code = 'while True: print(9999 * \"x\")'\n"
+            "        await vm.run(code, on_output=lambda output: time.sleep(60))\n"
+            "asyncio.run(main())\n"
+        )
+        slow = subprocess.Popen(
+            [sys.executable, "-c", script, vm.vm_id], env={**os.environ, **host.env}
+        )
+        try:
+            runner = psutil.Process(vm.record.runner_pid)
+            await asyncio.sleep(3)
+            before = runner.memory_info().rss
+            for _ in range(10):
+                async with VmManager(host.settings()) as other:
+                    guest = await other.get_vm(vm.vm_id)
+                    await guest.ping()
+                    await guest.close()
+                await asyncio.sleep(0.3)
+            assert runner.memory_info().rss - before < 10 << 20
+        finally:
+            slow.kill()
+            slow.wait()
+        assert (await vm.run("print('on')")).stdout == "on\n", "its code was interrupted"
+
+    async def test_small_outputs_count_too(self, manager: VmManager) -> None:
+        vm = await manager.create_vm(max_output=1)
+        code = "from IPython.display import display\nfor _ in range(6000): display({}, raw=True)"
+        result = await vm.run(code)
+        assert result.truncated
+        assert len(result.results) < 5000
+
+    async def test_an_error_of_the_listener_s_is_the_caller_s(self, vm: VmHandle) -> None:
+        def fail(output: Output) -> None:
+            raise BrokenPipeError("nobody reads")
+
+        with pytest.raises(BrokenPipeError):
+            await vm.run("while True: print('x')", on_output=fail)
+        assert (await vm.run("print('on')")).stdout == "on\n"
+
+    async def test_the_vm_magic_has_an_answer(self, vm: VmHandle) -> None:
+        async with asyncio.timeout(20):
+            result = await vm.run("%vm")
+        assert "in the hands of a program" in result.stderr + str(result.error)
+
+    async def test_whether_code_ran_is_never_said_wrongly(self, manager: VmManager) -> None:
+        vm = await manager.create_vm()
+        running = asyncio.ensure_future(vm.run("import time; time.sleep(100)"))
+        queued = asyncio.ensure_future(vm.run("1"))
+        await asyncio.sleep(0.5)
+        await manager.destroy_vm(vm)
+        later = asyncio.ensure_future(vm.run("1"))
+        errors = await asyncio.gather(running, queued, later, return_exceptions=True)
+        assert [error.code_ran for error in errors] == ["unknown", "no", "no"]  # type: ignore[union-attr]
 
 
 class TestVm:

@@ -17,7 +17,7 @@ from fakes import DEAD, Processes, identity, python, together
 from vmkernel.errors import RegistryError
 from vmkernel.host import processes, reaper, running
 from vmkernel.host.processes import ProcessIdentity
-from vmkernel.host.registry import Registry, VmRecord, vm_dir
+from vmkernel.host.registry import Registry, VmRecord, vm_dir, vms_dir
 from vmkernel.host.startlock import StartLock
 from vmkernel.models import VmState
 from vmkernel.settings import Settings
@@ -68,7 +68,7 @@ def add(
 
 
 def directories(settings: Settings) -> set[str]:
-    place = settings.runtime_dir / "vms"
+    place = vms_dir(settings)
     return {path.name for path in place.iterdir()} if place.is_dir() else set()
 
 
@@ -219,7 +219,7 @@ def test_a_qemu_that_no_row_knows_is_killed_when_its_runner_is_dead(
 def test_a_qemu_that_no_row_knows_is_given_time(settings: Settings, children: Processes) -> None:
     """Its runner may be about to write it down."""
     young = children.qemu(settings, "vm-00000001")
-    (vms := settings.runtime_dir / "vms").mkdir(parents=True)
+    (vms := vms_dir(settings)).mkdir(parents=True)
     (vms / "vm-00000002").mkdir()
     assert reaper.sweep(settings) == []
     assert young.poll() is None
@@ -230,7 +230,7 @@ def test_a_qemu_that_no_row_knows_is_given_time(settings: Settings, children: Pr
 def test_directories_without_a_vm_are_removed(settings: Settings, record: Registry) -> None:
     live = add(record, settings, dead=False)
     for name in ("vm-00000001", "not-a-vm"):
-        (settings.runtime_dir / "vms" / name).mkdir()
+        (vms_dir(settings) / name).mkdir()
     assert reaper.sweep(settings) == []
     assert directories(settings) == {live.vm_id, "not-a-vm"}
 
@@ -332,7 +332,7 @@ def test_running_vms_are_found_by_their_qemu(
 @pytest.mark.parametrize(
     ("words", "fields"),
     [
-        (("/v/host/run_vm.py", "vm-00000001"), {"directory": "run/vms/vm-00000001"}),
+        (("/v/host/run_vm.py", "vm-00000001"), {"directory": "/vm-00000001"}),
         (
             ("-m", "vmkernel", "-f", "/j/kernel-1234-abcd.json"),
             {"kernel_id": "1234-abcd", "connection_file": "/j/kernel-1234-abcd.json"},

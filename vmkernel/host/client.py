@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vmkernel.errors import ProtocolError, VmBootError, VmError, VmGuestError
+from vmkernel.errors import CodeRan, ProtocolError, VmBootError, VmError, VmGuestError
 from vmkernel.host import wire
 from vmkernel.host.capacity import Slot
 from vmkernel.host.processes import ProcessIdentity, identify
@@ -181,7 +181,7 @@ class Connection:
         the runner answers with, or VmGuestError when it is gone.
         """
         if not self.connected:  # a runner that said that its VM ended still hangs up
-            raise self._gone()
+            raise self._gone("no")
         self._next += 1
         number = self._next
         answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
@@ -216,9 +216,12 @@ class Connection:
         self._port.close()
         self._fail(None)
 
-    def _gone(self) -> VmError:
+    def _gone(self, code_ran: CodeRan) -> VmError:
+        """Why nothing comes back, for one who asks now ("no") or has asked ("unknown")."""
         error = self.ended.result() if self.ended.done() else None
-        return error or VmGuestError("the VM has ended", hint="create another one")
+        return wire.once_more(
+            error or VmGuestError("the VM has ended", hint="create another one"), code_ran
+        )
 
     def _on_message(self, body: memoryview, buffers: list[memoryview]) -> None:
         message = messages.decode(body, wire.FromRunner)
@@ -232,7 +235,11 @@ class Connection:
             return
         if not isinstance(message.event, wire.Reply):
             if on_event is not None:
-                on_event(message.event)
+                try:
+                    on_event(message.event)
+                except Exception as error:  # the caller's own: it is not the runner's fault
+                    answer.set_exception(error)
+                    self.tell(wire.Interrupt(run=message.id))
         elif message.event.failure is not None:
             answer.set_exception(message.event.failure.error())
         else:
@@ -255,7 +262,7 @@ class Connection:
             self.ended.set_result(error)
         for answer, _ in self._calls.values():
             if not answer.done():
-                answer.set_exception(self._gone())
+                answer.set_exception(self._gone("unknown"))
                 answer.exception()  # seen: its waiter may be gone
 
 

@@ -10,14 +10,14 @@ import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from vmkernel.errors import VmError, VmGuestError, VmTimeoutError
-from vmkernel.host.wire import InputRequest, Output, RunEnd
+from vmkernel.host.wire import InputRequest, Output, RunEnd, once_more
 from vmkernel.protocol import messages
 
 if TYPE_CHECKING:
@@ -27,6 +27,11 @@ SHOWN = frozenset(
     "stream display_data update_display_data execute_result clear_output error".split()
 )
 """Messages of iopub that are a run's output."""
+MOST_UNSENT = 1 << 20
+"""Bytes that may wait for a guest that asks and does not listen."""
+MOST_ID = 256
+REPLACEMENTS = 5
+"""How many guest kernels in a row may die before the VM is given up."""
 INTERRUPT_PATIENCE = 5.0
 """Seconds that cancelled code has to end before its guest kernel is ended."""
 
@@ -60,7 +65,11 @@ class Executor:
         self._wanted = 0
         self._current: _Run | None = None
         self._replacing: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
+        self._dead = False
         self._ended: VmError | None = None
+        self.on_hopeless: Callable[[VmError], None] = lambda error: None
+        """Called when this VM can run nothing any more: it should be ended."""
 
     def attach(self, guest: Guest) -> None:
         """The guest is awake: it may be used."""
@@ -103,11 +112,14 @@ class Executor:
         ``timeout`` seconds (the VM is then of no use: end it), VmGuestError when the VM ends.
         """
         async with self._turn():
-            if self._replacing is not None:
-                await asyncio.shield(self._replacing)
+            for task in (self._ending, self._replacing):
+                if task is not None:
+                    await asyncio.shield(task)
             guest = self._guest
-            if self._ended is not None or guest is None:
-                raise self._ended or VmGuestError("the VM is not up", hint="start it first")
+            if self._ended is not None:
+                raise once_more(self._ended, "no")
+            if guest is None:
+                raise VmGuestError("the VM is not up", hint="start it first")
             if env:
                 await guest.set_environment(env, self._boot_timeout)
             run = _Run(emit, asyncio.get_running_loop().create_future())
@@ -127,10 +139,13 @@ class Executor:
                 ) from None
             except asyncio.CancelledError:
                 run.emit = lambda event: None  # nobody listens any more
-                await self._make_it_end(guest, run)
+                # In a task of its own: who cancels twice does not leave the code running
+                self._ending = asyncio.ensure_future(self._make_it_end(guest, run))
+                await asyncio.shield(self._ending)
                 raise
             finally:
-                self._current = None
+                if self._ending is None:
+                    self._current = None
 
     def answer(self, question: str, value: str) -> None:
         """What was typed for an `InputRequest`; too late when its run has ended."""
@@ -149,21 +164,32 @@ class Executor:
 
     async def _make_it_end(self, guest: Guest, run: _Run) -> None:
         """Interrupt code that nobody waits for, so that the next one gets its turn."""
-        await _begun(run)
-        for kill in (False, True):
-            if run.done.done():
-                return
-            try:
-                await guest.interrupt(kill=kill)
-                async with asyncio.timeout(INTERRUPT_PATIENCE):
-                    await asyncio.shield(run.done)
-            except (TimeoutError, VmError):
-                continue
+        try:
+            await _begun(run)
+            for kill in (False, True):
+                if run.done.done():
+                    return
+                with suppress(TimeoutError, VmError):
+                    await guest.interrupt(kill=kill)
+                    async with asyncio.timeout(INTERRUPT_PATIENCE):
+                        await asyncio.shield(run.done)
+            if not run.done.done():
+                self.on_hopeless(
+                    VmGuestError(
+                        "a run was cancelled, and the guest could not be made to end it",
+                        hint="create another VM",
+                    )
+                )
+        finally:
+            self._ending = self._current = None
 
     # --- from the guest ---
 
     def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> None:
         """The guest kernel sent a message."""
+        if message.channel == "vm":
+            self._on_question(message)
+            return
         run = self._current
         if run is None or message.parent_id != run.msg_id or run.done.done():
             return  # of a thread that code left behind: it belongs to no run
@@ -181,6 +207,19 @@ class Executor:
         elif message.msg_type == "status":
             run.done.set_result(_end_of(run))
 
+    def _on_question(self, message: messages.FromGuest) -> None:
+        """``%vm``: nobody is here to answer it, and whoever asks must hear that."""
+        number, guest = message.content.get("id"), self._guest
+        if message.msg_type == "vm_request" and isinstance(number, str) and guest is not None:
+            reply = {
+                "status": "error",
+                "ename": "UsageError",
+                "evalue": "%vm is for notebooks; this VM is in the hands of a program",
+            }
+            request = _request("vm", number[:MOST_ID], "vm_reply", reply)
+            if guest.vm.control.unsent < MOST_UNSENT:
+                guest.send(request, while_busy=True)
+
     def on_kernel_death(self, death: KernelDeath) -> None:
         """The guest kernel ended: what ran has ended with it; the VM gets another one."""
         run = self._current
@@ -197,25 +236,45 @@ class Executor:
                         ("GuestKernelDied", f"{death.reason} ({death.hint})", []),
                     )
                 )
-        self._replacing = asyncio.ensure_future(self._replace())
+        self._dead = True
+        if self._replacing is None:
+            self._replacing = asyncio.ensure_future(self._replace())
+
+    def refuse(self, error: VmError) -> None:
+        """The VM is about to end: nothing new is run."""
+        self._ended = self._ended or error
 
     def on_end(self, error: VmError) -> None:
-        """The VM ended."""
-        self._ended = error
+        """The VM has ended."""
+        self.refuse(error)
         run = self._current
         if run is not None and not run.done.done():
-            error.code_ran = "unknown"
-            run.done.set_exception(error)
+            run.done.set_exception(once_more(error, "unknown"))
             run.done.exception()  # seen: its waiter may be gone
 
     async def _replace(self) -> None:
+        """Put a kernel in the dead one's place, and again if that dies, too."""
         assert self._guest is not None
-        try:
-            await self._guest.restart_kernel(self._boot_timeout)
-        except VmError as error:
-            self._ended = self._ended or error
-        finally:
-            self._replacing = None
+        error: VmError | None = None
+        for _ in range(REPLACEMENTS):
+            self._dead = False
+            try:
+                await self._guest.restart_kernel(self._boot_timeout)
+            except VmError as failure:
+                error = failure
+                await asyncio.sleep(0.5)
+                continue
+            if not self._dead:
+                break
+        else:
+            reason = f": {error.message}" if error is not None else ""
+            self.on_hopeless(
+                VmGuestError(
+                    f"the guest kernel died, and no other stayed in its place{reason}",
+                    hint="create another VM",
+                )
+            )
+        self._replacing = None
 
 
 async def _begun(run: _Run) -> None:

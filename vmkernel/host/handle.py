@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,8 @@ OnInput = Callable[[str, bool], str]
 """on_input(prompt, whether it is a password) -> what was typed; called in a thread."""
 OnSkip = Callable[[str], None]
 """on_skip(path of what is neither a file nor a directory)"""
+BUNDLE_COST = 256
+"""What an empty MIME bundle counts for: a guest may show very many of them."""
 ANSWER_SECONDS = 10.0
 """How long the guest's agent may take for a small task."""
 CHUNK_SECONDS = 60.0
@@ -234,13 +237,13 @@ class VmHandle:
 
 
 class _Outputs:
-    """A run's output as it comes in, up to a number of bytes (about: characters and text sizes)."""
+    """A run's output as it comes in, up to a number of bytes (of JSON, and characters of text)."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._kept = 0
         self._truncated = False
-        self._texts: dict[str, list[str]] = {"stdout": [], "stderr": []}
+        self._texts = {"stdout": StringIO(), "stderr": StringIO()}
         self._results: list[dict[str, Any]] = []
 
     def add(self, output: Output) -> None:
@@ -252,12 +255,12 @@ class _Outputs:
                 text = text[: max(0, room)]
             self._kept += len(text)
             name = "stderr" if output.content.get("name") == "stderr" else "stdout"
-            self._texts[name].append(text)
+            self._texts[name].write(text)
         elif output.msg_type in ("display_data", "execute_result"):
             data = output.content.get("data")
             if not isinstance(data, dict):
                 return
-            size = sum(len(value) if isinstance(value, str) else 64 for value in data.values())
+            size = len(msgspec.json.encode(data)) + BUNDLE_COST
             if self._kept + size > self._most:
                 self._truncated = True
                 return
@@ -267,8 +270,8 @@ class _Outputs:
     def result(self, vm_id: str, end: wire.RunEnd) -> RunResult:
         return RunResult(
             vm_id=vm_id,
-            stdout="".join(self._texts["stdout"]),
-            stderr="".join(self._texts["stderr"]),
+            stdout=self._texts["stdout"].getvalue(),
+            stderr=self._texts["stderr"].getvalue(),
             results=self._results,
             error=RunError(*end.error) if end.error else None,
             exit_code=end.exit_code,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from vmkernel.errors import VmAlreadyStartingError, VmError, VmNotFoundError, VmStateError
 from vmkernel.host import processes, running
 from vmkernel.host.processes import ProcessIdentity
-from vmkernel.host.registry import Registry, VmRecord, VmStatus, status_of, vm_dir
+from vmkernel.host.registry import Registry, VmRecord, VmStatus, status_of, vm_dir, vms_dir
 from vmkernel.host.startlock import StartLock
 from vmkernel.host.trees import remove_tree
 from vmkernel.models import ENDED, VmState
@@ -169,7 +169,7 @@ def _is_qemu(settings: Settings, pid: int) -> bool:
 
 def _directories(settings: Settings) -> set[str]:
     try:
-        return {entry.name for entry in (settings.runtime_dir / "vms").iterdir()}
+        return {entry.name for entry in vms_dir(settings).iterdir()}
     except OSError:
         return set()
 

@@ -145,9 +145,14 @@ def new_record(**fields: Any) -> VmRecord:
     return VmRecord(**{**known, **fields})
 
 
+def vms_dir(settings: Settings) -> Path:
+    """Where the directories of this record's VMs lie: other records may share ``runtime_dir``."""
+    return settings.runtime_dir / f"vms-{processes.tag_of(settings.database_file)}"
+
+
 def vm_dir(settings: Settings, vm_id: str) -> Path:
     """Where the socket of this VM's runner lies, whether it exists or not."""
-    return settings.runtime_dir / "vms" / vm_id
+    return vms_dir(settings) / vm_id
 
 
 class Registry:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmkernel import trace
-from vmkernel.errors import VmError, VmExpiredError
+from vmkernel.errors import VmError, VmExpiredError, VmGuestError
 from vmkernel.host import wire
 from vmkernel.host.capacity import Slot
 from vmkernel.host.registry import vm_dir
@@ -96,6 +96,7 @@ class Runner:
         self._kept = kept
         self._lock = StartLock.inherited(label.vm_id, lock_fd)
         self._stop: asyncio.Future[tuple[str, VmError | None]] | None = None
+        self._slow: set[RunnerClient] = set()
         self._waiting: list[tuple[RunnerClient, int, VmError | None]] = []
 
     async def serve(
@@ -132,11 +133,17 @@ class Runner:
                 self._settings.lifetime, self._settings.idle_timeout, self._on_expired
             )
             self.executor.on_work = limits.note
+            self.executor.on_hopeless = self._on_hopeless
             owner.send(request_id, wire.Reply())
             why, end = await asyncio.shield(self._stop)
+            error = end or VmGuestError(
+                f"the VM was ended: {why}", hint="start or create another one"
+            )
+            self.executor.refuse(error)
             limits.close()
             failed = end is not None and not isinstance(end, VmExpiredError)
             await start.close(keep_logs=failed, cause=why)
+            self.executor.on_end(error)  # its guest tells nobody any more
             for client, number, reason in self._waiting:
                 client.send(number, wire.Reply(wire.Failure.of(reason) if reason else None))
             for client in self.clients:
@@ -218,14 +225,18 @@ class Runner:
         if self.guest is None or not self._kept:
             self.stop("whoever had started it has ended")
 
-    def hold_output(self, hold: bool) -> None:
-        """Back-pressure: while a client does not take what it is sent, the guest is not read."""
+    def hold_output(self, client: RunnerClient, hold: bool) -> None:
+        """Back-pressure: while any client does not take what it is sent, the guest is not read."""
+        (self._slow.add if hold else self._slow.discard)(client)
         if self.guest is not None and self.guest.vm.running:
-            (self.guest.vm.kernel.pause if hold else self.guest.vm.kernel.resume)()
+            (self.guest.vm.kernel.pause if self._slow else self.guest.vm.kernel.resume)()
 
     def _on_expired(self, error: VmExpiredError) -> None:
         if self.executor.busy:
             error.code_ran = "unknown"
+        self.stop(error.message, error)
+
+    def _on_hopeless(self, error: VmError) -> None:
         self.stop(error.message, error)
 
     def _on_vm_end(self, error: VmError) -> None:

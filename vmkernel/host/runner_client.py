@@ -40,7 +40,7 @@ class RunnerClient:
 
     def __init__(self, runner: Runner, *, is_owner: bool = False) -> None:
         self.port = Port("client", self._on_message, self._on_lost)
-        self.port.on_congested = runner.hold_output
+        self.port.on_congested = lambda congested: runner.hold_output(self, congested)
         self._runner = runner
         self._is_owner = is_owner
         self._known = is_owner
@@ -55,7 +55,7 @@ class RunnerClient:
 
     def _on_lost(self, error: ProtocolError | None) -> None:
         self._runner.clients.discard(self)
-        self._runner.hold_output(False)
+        self._runner.hold_output(self, False)
         for task in list(self._runs.values()):
             task.cancel()  # nobody waits for what it runs
         if self._is_owner:
@@ -105,13 +105,12 @@ class RunnerClient:
             self._runner.stop(error.message, error, asked_by=(self, number))
         except VmError as error:
             # What breaks off as the VM ends does so for the reason why it ends
-            failure = wire.Failure.of(error)
             ending = self._runner.ending
             if ending is not None and (
                 error.code_ran != "no" or isinstance(ending, VmExpiredError)
             ):
-                failure = msgspec.structs.replace(wire.Failure.of(ending), code_ran=error.code_ran)
-            self.send(number, wire.Reply(failure))
+                error = wire.once_more(ending, error.code_ran)
+            self.send(number, wire.Reply(wire.Failure.of(error)))
         except Exception as error:
             traceback.print_exc()  # into the runner's log
             failure = wire.Failure("VmError", f"the runner failed: {error!r}", code_ran="unknown")

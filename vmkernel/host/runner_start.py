@@ -91,7 +91,8 @@ async def start_vm(
         if connection is None:
             sock.close()
         else:
-            connection.close()  # which tells the runner to give up
+            connection.tell(wire.Stop("its start was given up"))
+            connection.close()
         await to_its_end(see_off(runner))
         if isinstance(error, VmError):
             error.log_path = error.log_path or runner.log_path

@@ -59,6 +59,11 @@ class Failure(msgspec.Struct, frozen=True):
         )
 
 
+def once_more(error: VmError, code_ran: errors.CodeRan) -> VmError:
+    """An error of its own for one more who is told of it; whether *their* code ran is another."""
+    return msgspec.structs.replace(Failure.of(error), code_ran=code_ran).error()
+
+
 # --- from a client -------------------------------------------------------------------
 
 
