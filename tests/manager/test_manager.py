@@ -341,6 +341,37 @@ class TestRun:
         errors = await asyncio.gather(running, queued, later, return_exceptions=True)
         assert [error.code_ran for error in errors] == ["unknown", "no", "no"]  # type: ignore[union-attr]
 
+    async def test_a_runner_that_stands_still_hangs_nobody(
+        self, vm: VmHandle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("vmkernel.host.client.SILENT_SECONDS", 1.0)
+        monkeypatch.setattr("vmkernel.host.client.CANCEL_SECONDS", 1.0)
+        running = asyncio.ensure_future(vm.run("while True: pass", timeout=5))
+        await asyncio.sleep(0.5)
+        os.kill(vm.record.runner_pid, signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(VmGuestError, match="has not answered"):
+            await vm.ping(0.5)
+        cancelled = asyncio.ensure_future(vm.run("1"))
+        await asyncio.sleep(0.1)
+        cancelled.cancel()
+        await asyncio.wait([cancelled], timeout=5)
+        assert cancelled.cancelled()
+        with pytest.raises(VmTimeoutError, match="its VM was destroyed"):
+            await running
+        assert time.monotonic() - began < 15
+        async with asyncio.timeout(5):
+            assert await vm.wait_ended() is not None
+            while vm.holds_semaphore_slot:  # QEMU follows its runner in a moment
+                await asyncio.sleep(0.01)
+
+    def test_a_handle_of_another_event_loop_says_so(self, host: VmHost) -> None:
+        manager = VmManager(host.settings())
+        vm = asyncio.run(manager.create_vm())
+        with pytest.raises(VmStateError, match="another event loop"):
+            asyncio.run(vm.run("1"))
+        asyncio.run(manager.close())
+
 
 class TestVm:
     async def test_what_is_on_record_and_how_it_shows(

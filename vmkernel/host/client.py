@@ -16,7 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vmkernel.errors import CodeRan, ProtocolError, VmBootError, VmError, VmGuestError
+from vmkernel.errors import (
+    CodeRan,
+    ProtocolError,
+    VmBootError,
+    VmError,
+    VmGuestError,
+    VmStateError,
+)
 from vmkernel.host import wire
 from vmkernel.host.capacity import Slot
 from vmkernel.host.processes import ProcessIdentity, identify
@@ -34,6 +41,8 @@ _PASSED = (
 OnEvent = Callable[[wire.Event], None]
 _PROGRAM = Path(__file__).with_name("run_vm.py")
 _LOG_TAIL = 4000
+SILENT_SECONDS = 20.0
+"""How much longer than the guest a runner may take to answer, on a host that is very busy."""
 CANCEL_SECONDS = 20.0
 """How long a cancelled run is waited for: interrupt, end of its kernel, and then some."""
 
@@ -63,6 +72,10 @@ class RunnerProcess:
 
     async def wait(self) -> int:
         """Until it has ended; its exit status, or minus the signal's number."""
+        if self._loop is not asyncio.get_running_loop() and not self._ended.done():
+            while self._process.poll() is None:  # noqa: ASYNC110 - the loop that would have been told is over
+                await asyncio.sleep(0.02)
+            return self._process.returncode
         return await asyncio.shield(self._ended)
 
     def forget(self) -> None:
@@ -125,19 +138,41 @@ def spawn_runner(
     return RunnerProcess(vm_id, process, log_path), ours
 
 
+class RunnerSilentError(VmGuestError):
+    """The runner is there, and says nothing: it is stopped, or its host is."""
+
+
+_Answer = tuple[dict[str, Any], list[memoryview]]
+
+
+class _Pending:
+    """A call that waits for its answer."""
+
+    def __init__(self, answer: asyncio.Future[_Answer], on_event: OnEvent | None) -> None:
+        self.answer = answer
+        self.on_event = on_event
+        self.seconds: float | None = None
+        """What the runner may take, by its own clock; None: for ever."""
+        self.limit: asyncio.Timeout
+
+    def begin(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Its time begins."""
+        if self.seconds is not None:
+            self.limit.reschedule(loop.time() + self.seconds + SILENT_SECONDS)
+
+
 class Connection:
     """A connection to a runner; made by :meth:`open` or :meth:`reach`."""
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
         self.ended: asyncio.Future[VmError | None] = loop.create_future()
         """Resolves when the VM has ended: to the reason, or None when it was asked to."""
         self.heard = loop.time()
         """When the runner last said something, on the loop's clock."""
         self._port = Port("runner", self._on_message, self._on_lost)
         self._next = wire.ABOUT_THE_VM
-        self._calls: dict[int, tuple[asyncio.Future[_Answer], OnEvent | None]] = {}
-        self._closed = False
+        self._calls: dict[int, _Pending] = {}
 
     @classmethod
     async def open(cls, sock: socket.socket) -> Connection:
@@ -166,7 +201,12 @@ class Connection:
     @property
     def connected(self) -> bool:
         """Whether the runner is there to be asked."""
-        return self._port.connected and not self.ended.done()
+        return self.usable and self._port.connected and not self.ended.done()
+
+    @property
+    def usable(self) -> bool:
+        """Whether this is the event loop that the connection was made in: it works in no other."""
+        return self._loop is asyncio.get_running_loop()
 
     async def call(
         self,
@@ -180,19 +220,38 @@ class Connection:
         Cancelling a `wire.Run` interrupts the code and waits for its end.  Raises the VmError that
         the runner answers with, or VmGuestError when it is gone.
         """
+        if not self.usable:
+            raise VmStateError(
+                "this VM's handle belongs to another event loop",
+                hint="get one of your own: VmManager.get_vm()",
+            )
         if not self.connected:  # a runner that said that its VM ended still hangs up
             raise self._gone("no")
         self._next += 1
         number = self._next
-        answer: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
-        self._calls[number] = answer, on_event
+        pending = self._calls[number] = _Pending(self._loop.create_future(), on_event)
         try:
             self._port.send(wire.encode(wire.Request(number, call)), buffers)
             try:
-                return await asyncio.shield(answer)
+                async with asyncio.timeout(None) as pending.limit:
+                    if isinstance(call, wire.Run):  # its time begins with its turn: wire.Sent
+                        pending.seconds = call.timeout
+                    elif not isinstance(call, wire.Start):
+                        pending.seconds = call.timeout if isinstance(call, wire.Ask) else 0.0
+                        pending.begin(self._loop)
+                    return await asyncio.shield(pending.answer)
+            except VmError:  # the runner's answer, which may be a TimeoutError, too
+                raise
+            except TimeoutError:
+                raise RunnerSilentError(
+                    f"the VM's runner has not answered within {pending.seconds:g} s and "
+                    f"{SILENT_SECONDS:g} s more",
+                    hint="is it stopped, or the host overloaded? `vmkernel ps`, `vmkernel rm -f`",
+                    code_ran="unknown",
+                ) from None
             except asyncio.CancelledError:
                 if isinstance(call, wire.Run):
-                    await self._cancel(number, answer)
+                    await self._cancel(number, pending)
                 raise
         finally:
             del self._calls[number]
@@ -203,17 +262,20 @@ class Connection:
             self._next += 1
             self._port.send(wire.encode(wire.Request(self._next, call)))
 
-    async def _cancel(self, number: int, answer: asyncio.Future[_Answer]) -> None:
-        self._calls[number] = answer, None  # its output is for nobody
+    async def _cancel(self, number: int, pending: _Pending) -> None:
+        pending.on_event = None  # its output is for nobody
         self.tell(wire.Interrupt(run=number))
-        await asyncio.wait([answer], timeout=CANCEL_SECONDS)
-        if answer.done() and not answer.cancelled():
-            answer.exception()  # seen
+        await asyncio.wait([pending.answer], timeout=CANCEL_SECONDS)
+        if pending.answer.done() and not pending.answer.cancelled():
+            pending.answer.exception()  # seen
 
     def close(self) -> None:
         """Hang up."""
-        self._closed = True
-        self._port.close()
+        if self.usable:
+            self._port.close()
+        else:  # its loop is over, and with it all that could close the transport in order
+            with contextlib.suppress(OSError):
+                self._port.socket.shutdown(socket.SHUT_RDWR)
         self._fail(None)
 
     def _gone(self, code_ran: CodeRan) -> VmError:
@@ -225,18 +287,21 @@ class Connection:
 
     def _on_message(self, body: memoryview, buffers: list[memoryview]) -> None:
         message = messages.decode(body, wire.FromRunner)
-        self.heard = asyncio.get_running_loop().time()
+        self.heard = self._loop.time()
         if isinstance(message.event, wire.Ended):
             failure = message.event.failure
             self._fail(failure.error() if failure else None)
             return
-        answer, on_event = self._calls.get(message.id, (None, None))
-        if answer is None or answer.done():
+        pending = self._calls.get(message.id)
+        if pending is None or pending.answer.done():
             return
-        if not isinstance(message.event, wire.Reply):
-            if on_event is not None:
+        answer = pending.answer
+        if isinstance(message.event, wire.Sent):
+            pending.begin(self._loop)
+        elif not isinstance(message.event, wire.Reply):
+            if pending.on_event is not None:
                 try:
-                    on_event(message.event)
+                    pending.on_event(message.event)
                 except Exception as error:  # the caller's own: it is not the runner's fault
                     answer.set_exception(error)
                     self.tell(wire.Interrupt(run=message.id))
@@ -260,10 +325,7 @@ class Connection:
     def _fail(self, error: VmError | None) -> None:
         if not self.ended.done():
             self.ended.set_result(error)
-        for answer, _ in self._calls.values():
-            if not answer.done():
-                answer.set_exception(self._gone("unknown"))
-                answer.exception()  # seen: its waiter may be gone
-
-
-_Answer = tuple[dict[str, Any], list[memoryview]]
+        for pending in self._calls.values():
+            if not pending.answer.done():
+                pending.answer.set_exception(self._gone("unknown"))
+                pending.answer.exception()  # seen: its waiter may be gone

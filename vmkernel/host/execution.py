@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmkernel.errors import VmError, VmGuestError, VmTimeoutError
-from vmkernel.host.wire import InputRequest, Output, RunEnd, once_more
+from vmkernel.host.wire import InputRequest, Output, RunEnd, Sent, once_more
 from vmkernel.protocol import messages
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ REPLACEMENTS = 5
 INTERRUPT_PATIENCE = 5.0
 """Seconds that cancelled code has to end before its guest kernel is ended."""
 
-Emit = Callable[[Output | InputRequest], None]
+Emit = Callable[[Output | InputRequest | Sent], None]
 
 
 class _Run:
@@ -125,6 +125,7 @@ class Executor:
             run = _Run(emit, asyncio.get_running_loop().create_future())
             self._current = run
             guest.send(execute_request(run.msg_id, code, allow_stdin))
+            emit(Sent())
             try:
                 async with asyncio.timeout(timeout):
                     return await asyncio.shield(run.done)

@@ -16,6 +16,8 @@ import msgspec
 
 from vmkernel.errors import VmError, VmExpiredError, VmTimeoutError
 from vmkernel.host import files, wire
+from vmkernel.host.client import RunnerSilentError
+from vmkernel.host.processes import kill
 from vmkernel.models import Output, RunError, RunResult, VmState
 from vmkernel.protocol import frames, messages
 
@@ -129,6 +131,12 @@ class VmHandle:
             error.result = outputs.result(self.vm_id, end)
             await asyncio.wait([self.connection.ended], timeout=ANSWER_SECONDS)  # in the same write
             raise
+        except RunnerSilentError as error:  # it should have ended the VM: so we do
+            if self.record.runner is not None:
+                await asyncio.to_thread(kill, self.record.runner)
+            raise VmTimeoutError(
+                f"{error.message}; its VM was destroyed", hint=error.hint, code_ran="unknown"
+            ) from error
         return outputs.result(self.vm_id, msgspec.convert(result, wire.RunEnd))
 
     def _answer(self, question: str, asking: asyncio.Future[str]) -> None:

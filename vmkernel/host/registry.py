@@ -321,7 +321,10 @@ class Registry:
 
         from vmkernel.host import schema
 
-        with self._mutex:
+        # Its wait counts, too: ten threads of a process would wait ten times as long as promised
+        if not self._mutex.acquire(timeout=self._timeout):
+            raise schema.locked(self.path, self._timeout)
+        try:
             for _ in range(3):  # each round a damaged file was found, which is as good as never
                 inode = schema.inode_of(self.path)
                 try:
@@ -336,6 +339,8 @@ class Registry:
                     aside = schema.set_aside(self.path, inode, self._timeout)
                     if aside is not None:
                         _warn("the record of VMs was damaged (%s) and is now %s", error, aside)
+        finally:
+            self._mutex.release()
         raise RegistryError(
             f"the record of VMs, {self.path}, is damaged again and again",
             hint="check the disk it lies on, or point database_file to another",

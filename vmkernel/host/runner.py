@@ -144,6 +144,10 @@ class Runner:
             failed = end is not None and not isinstance(end, VmExpiredError)
             await start.close(keep_logs=failed, cause=why)
             self.executor.on_end(error)  # its guest tells nobody any more
+            for _ in range(100):  # who waited for a turn is told by its own reply, before the rest
+                if not self.executor.busy:
+                    break
+                await asyncio.sleep(0)
             for client, number, reason in self._waiting:
                 client.send(number, wire.Reply(wire.Failure.of(reason) if reason else None))
             for client in self.clients:

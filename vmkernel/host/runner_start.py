@@ -12,13 +12,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmkernel import trace
-from vmkernel.errors import VmBootError, VmError, VmGuestError, VmNotFoundError, VmStateError
+from vmkernel.errors import (
+    RegistryError,
+    VmBootError,
+    VmError,
+    VmGuestError,
+    VmNotFoundError,
+    VmStateError,
+)
 from vmkernel.host import reaper, wire
 from vmkernel.host.client import Connection, RunnerProcess, spawn_runner
 from vmkernel.host.handle import VmHandle
@@ -31,6 +39,8 @@ from vmkernel.settings import Settings, dump_settings
 
 if TYPE_CHECKING:
     from vmkernel.host.capacity import Slot
+
+log = logging.getLogger("vmkernel")
 
 T = TypeVar("T")
 OnProgress = Callable[[str], None]
@@ -59,27 +69,30 @@ async def start_vm(
     with StartLock.take(settings, vm_id) as lock:
         await _make_startable(registry, settings, vm_id)
         with await take_slot() as slot:  # closed at the end of this; by then the runner has its own
-            await update(
-                registry,
-                vm_id,
-                state=VmState.STARTING,
-                started=None,
-                ended=None,
-                exit_cause="",
-                qemu_pid=0,
-                qemu_start=0,
-                slot=slot.index,
-                slot_lease=slot.lease,
-                **as_runner(identify_self()),
-            )
-            start = wire.Start(
-                dump_settings(settings), slot.index, slot.lease, dict(env), record.kept
+            starting = asyncio.ensure_future(
+                update(
+                    registry,
+                    vm_id,
+                    state=VmState.STARTING,
+                    started=None,
+                    ended=None,
+                    exit_cause="",
+                    qemu_pid=0,
+                    qemu_start=0,
+                    slot=slot.index,
+                    slot_lease=slot.lease,
+                    **as_runner(identify_self()),
+                )
             )
             try:
+                await asyncio.shield(starting)
                 trace.mark("slot taken")
+                start = wire.Start(
+                    dump_settings(settings), slot.index, slot.lease, dict(env), record.kept
+                )
                 runner, sock = spawn_runner(settings, vm_id, log_dir(settings, vm_id), slot, lock)
-            except VmError as error:
-                await _mark_failed(registry, vm_id, error)
+            except BaseException as error:  # nothing else would say on record that it is over
+                await to_its_end(_give_up(registry, vm_id, starting, error))
                 raise
     connection: Connection | None = None
     try:
@@ -179,11 +192,24 @@ async def forget_failed(
 ) -> None:
     """A VM that was never there stays on record only to tell why, and gives its name back."""
     vm_id = record.vm_id
-    if isinstance(error, VmError):
-        await _mark_failed(registry, vm_id, error, name="", kept=False)
-    else:
-        await asyncio.to_thread(registry.remove, vm_id)
-        remove_logs(settings, vm_id)
+    try:
+        if isinstance(error, VmError):
+            await _mark_failed(registry, vm_id, error, name="", kept=False)
+        else:
+            await asyncio.to_thread(registry.remove, vm_id)
+            remove_logs(settings, vm_id)
+    except RegistryError as problem:  # the error that led here is what is to be told
+        log.warning("%s is still on record: %s", vm_id, problem)
+
+
+async def _give_up(
+    registry: Registry, vm_id: str, starting: asyncio.Future[VmRecord], error: BaseException
+) -> None:
+    await asyncio.wait([starting])  # its thread goes on, whatever becomes of us
+    if starting.cancelled() or starting.exception() is not None:
+        return
+    cause = error if isinstance(error, VmError) else VmError("its start was given up")
+    await _mark_failed(registry, vm_id, cause)
 
 
 async def _mark_failed(registry: Registry, vm_id: str, error: VmError, **more: Any) -> None:

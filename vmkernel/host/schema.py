@@ -177,8 +177,13 @@ def explain(error: sqlite3.Error, path: Path, timeout: float) -> RegistryError:
     """What to tell a person about an operation on the database that failed."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in (_BUSY, _LOCKED, _PROTOCOL):
-        return _locked(path, timeout, path.with_name(path.name + "-shm"), path)
+        return locked(path, timeout)
     return unusable(path, str(error), code)
+
+
+def locked(path: Path, timeout: float) -> RegistryError:
+    """The error for a database that others have not left in time."""
+    return _locked(path, timeout, path.with_name(path.name + "-shm"), path)
 
 
 def unusable(path: Path, why: str, code: int = 0) -> RegistryError:

@@ -136,6 +136,10 @@ class Progress(msgspec.Struct, tag="progress", forbid_unknown_fields=True):
     text: str
 
 
+class Sent(msgspec.Struct, tag="sent", forbid_unknown_fields=True):
+    """The code of a `Run` had its turn: it is on its way to the guest, its time has begun."""
+
+
 class Output(msgspec.Struct, tag="output", forbid_unknown_fields=True):
     """An output of the code of a `Run`: a Jupyter message of the channel iopub."""
 
@@ -165,7 +169,7 @@ class Reply(msgspec.Struct, tag="reply", forbid_unknown_fields=True):
     result: dict[str, Any] = {}
 
 
-Event = Progress | Output | InputRequest | Ended | Reply
+Event = Progress | Sent | Output | InputRequest | Ended | Reply
 
 
 class FromRunner(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
