@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from vmhost import Sampler, VmHost
 from vmkernel.host.capacity import Semaphore
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -96,3 +97,92 @@ def test_ten_thousand_slots_over_eight_processes_are_taken_and_released_without_
     assert len(spans) == count
     assert most_at_once(spans) <= limit
     assert semaphore.statistics() == before == (limit, 0, limit, 0)
+
+
+RACE = """
+import asyncio, contextvars, json, sys, time
+from vmkernel import VmManager
+from vmkernel.host import capacity, slotfile
+
+mine = contextvars.ContextVar("mine")  # what is noted of the VM that this task creates
+draw, take = slotfile.Ticket.__init__, capacity.Semaphore.acquire
+
+def noted_draw(self, file):
+    draw(self, file)
+    mine.get()["ticket"] = self.number
+
+async def noted_take(self, **options):
+    slot = await take(self, **options)
+    mine.get()["served"] = time.monotonic()
+    return slot
+
+slotfile.Ticket.__init__ = noted_draw
+capacity.Semaphore.acquire = noted_take
+
+async def one(manager, number):
+    note = {"number": number, "begun": time.monotonic()}
+    mine.set(note)
+    vm = await manager.create_vm(task_id=str(number))
+    note["up"] = time.monotonic()
+    note["said"] = (await vm.run(f"print({number})")).stdout
+    await manager.destroy_vm(vm)
+    note["gone"] = time.monotonic()
+    return note
+
+async def main(*numbers):
+    async with VmManager() as manager:
+        print(flush=True)
+        sys.stdin.readline()
+        print(json.dumps(await asyncio.gather(*(one(manager, n) for n in numbers))))
+
+asyncio.run(main(*sys.argv[1:]))
+"""
+RACERS = 16
+LIMIT = 4
+
+
+@pytest.mark.vm
+@pytest.mark.timeout(1800)
+def test_sixteen_processes_race_to_create_vms_at_limit_four(
+    host: VmHost, rounds: Callable[..., int]
+) -> None:
+    """All run, never more than four at once, in the order of arrival.
+
+    Arrival is the drawing of a ticket, which two processes cannot do at one moment; being served is
+    seen by each process on its own clock's reading after it got its slot. As ``LIMIT`` slots go
+    round, that many may be served at one moment and be seen in any order: nobody may be seen
+    served before, or after, more than ``LIMIT`` others than its ticket says.
+    """
+    count = rounds(quick=24, full=200)
+    processes = [
+        start(
+            RACE,
+            *range(racer, count, RACERS),
+            **{**host.env, "VMKERNEL_MAX_CONCURRENT_VMS": str(LIMIT)},
+        )
+        for racer in range(RACERS)
+    ]
+    with Sampler(host, interval=0.01) as sampler:
+        said = race(processes, 1700)
+    notes = [note for text in said for note in json.loads(text)]
+    assert sorted(int(note["number"]) for note in notes) == list(range(count))
+    assert all(note["said"] == f"{note['number']}\n" for note in notes)
+
+    waited = sorted((note for note in notes if "ticket" in note), key=lambda note: note["ticket"])
+    served = sorted(waited, key=lambda note: note["served"])
+    off = [abs(place - served.index(note)) for place, note in enumerate(waited)]
+    took = max(note["gone"] for note in notes) - min(note["begun"] for note in notes)
+    starts = sorted(note["up"] - note["served"] for note in notes)
+    print(
+        f"{count} VMs by {RACERS} processes at limit {LIMIT}: {took:.1f} s; "
+        f"at most {sampler.most} at once ({sampler.samples} samples), {len(sampler.seen)} seen; "
+        f"{len(waited)} waited, of whom {sum(map(bool, off))} were seen served out of turn, "
+        f"the worst by {max(off)} places (tolerance {LIMIT}); "
+        f"slot to guest awake {starts[len(starts) // 2]:.2f} s (median), {starts[-1]:.2f} s (worst)"
+    )
+    assert sampler.most == LIMIT
+    assert len(sampler.seen) == count
+    assert len({note["ticket"] for note in waited}) == len(waited) >= count - 2 * LIMIT
+    assert max(off) <= LIMIT
+    assert host.slots().used == 0
+    assert host.records() == []
