@@ -314,9 +314,13 @@ def load_settings_with_sources(
     environ: Mapping[str, str] | None = None,
     *,
     options: Mapping[str, str] | None = None,
+    given: Mapping[str, object] | None = None,
     system_config: Path = SYSTEM_CONFIG,
 ) -> LoadedSettings:
-    """As `load_settings`, and tells where each value came from."""
+    """As `load_settings`, and tells where each value came from.
+
+    What is *given* a program itself has chosen; it comes even before *options*.
+    """
     environ = os.environ if environ is None else environ
     values: dict[str, Any] = {
         name: default_dir(name, environ)
@@ -328,7 +332,10 @@ def load_settings_with_sources(
         field = FIELDS.get(name)
         if field is None:
             raise _unknown(name, source)
-        values[name] = _parse(name, field, value, source)
+        parsed = _parse(name, field, value, source)
+        if name == "base_images_dir":  # or it would win over an images_dir that comes later
+            name = "images_dir"
+        values[name] = parsed
         sources[name] = source
 
     for path in (system_config, default_dir("config_dir", environ) / "config.toml"):
@@ -344,6 +351,8 @@ def load_settings_with_sources(
             take(name, value, f"environment variable {variable}")
     for name, value in (options or {}).items():
         take(name.replace("-", "_"), value, f"option --{name.replace('_', '-')}")
+    for name, value in (given or {}).items():
+        take(name, value, "the program")
     return LoadedSettings(Settings(**values), sources)
 
 

@@ -308,6 +308,14 @@ asyncio.run(main())
     assert host.left() == []
 
 
+async def test_a_member_of_the_pool_is_not_idle(host: VmHost) -> None:
+    async with Scheduler(config(host, warm_pool_size=1, idle_timeout=1)) as scheduler:
+        await scheduler.wait_warm()
+        (member,) = await records(scheduler)
+        await asyncio.sleep(2.5)
+        assert (await scheduler.run("6 * 7")).vm_id == member
+
+
 # --- at most once ---------------------------------------------------------------------
 
 
@@ -380,6 +388,9 @@ def test_a_program_wins_over_the_environment_and_what_follows_a_setting_follows_
     found = SchedulerConfig(memory="768M", runtime_dir=tmp_path, max_concurrent_vms=3).settings
     assert (found.memory, found.vcpus, found.max_concurrent_vms) == (768, 2, 3)
     assert found.semaphore_file == tmp_path / "slots"
+    monkeypatch.setenv("VMKERNEL_BASE_IMAGES_DIR", str(tmp_path / "base"))
+    assert SchedulerConfig().settings.images_dir == tmp_path / "base"
+    assert SchedulerConfig(images_dir=tmp_path / "own").settings.images_dir == tmp_path / "own"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import msgspec
+
 from vmkernel.errors import VmCapacityError, VmError, VmGuestError, VmStateError
 from vmkernel.host.capacity import QueuePosition, Statistics
 from vmkernel.host.handle import OnInput, OnOutput, VmHandle
@@ -52,7 +54,9 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig | None = None) -> None:
         self.config = config or SchedulerConfig()
-        self._manager = VmManager(self.config.settings)
+        # A VM of ours is to be used at once or to wait in the pool: that is no idleness of its user
+        settings = msgspec.structs.replace(self.config.settings, idle_timeout=None)
+        self._manager = VmManager(settings)
         self._requests: set[asyncio.Task[RunResult]] = set()
         self._running = self._done = self._from_pool = 0
         self._open = False

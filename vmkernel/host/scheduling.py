@@ -16,7 +16,7 @@ from vmkernel.host.capacity import Statistics
 from vmkernel.host.handle import OnInput, OnOutput
 from vmkernel.host.start import settings_for_recipe
 from vmkernel.models import Language
-from vmkernel.settings import FIELDS, LoadedSettings, Settings, load_settings_with_sources
+from vmkernel.settings import FIELDS, Settings, load_settings_with_sources
 
 
 class SchedulerConfig:
@@ -40,12 +40,8 @@ class SchedulerConfig:
         max_idle: float = 600.0,
         **settings: Any,
     ) -> None:
-        check_names(settings, "warm_pool_size", "language", "max_idle")
-        found = load_settings_with_sources()
-        # From what is set and what is given, so that one that follows another's value still does.
-        chosen = {name: getattr(found.settings, name) for name in found.sources} | settings
-        sources = found.sources | dict.fromkeys(settings, "the program")
-        self.settings: Settings = settings_for_recipe(LoadedSettings(Settings(**chosen), sources))
+        found = load_settings_with_sources(given=settings)
+        self.settings: Settings = settings_for_recipe(found)
         limit = self.settings.max_concurrent_vms
         if not 0 <= warm_pool_size <= limit:
             raise SettingsError(
@@ -78,8 +74,8 @@ class SchedulerConfig:
     @property
     def age_limit(self) -> float:
         """How long a member may be idle: a request is to get most of its VM's life."""
-        lives = (self.settings.lifetime, self.settings.idle_timeout)
-        return min([self.max_idle, *(limit / 2 for limit in lives if limit is not None)])
+        lifetime = self.settings.lifetime
+        return self.max_idle if lifetime is None else min(self.max_idle, lifetime / 2)
 
 
 class SchedulerStatistics(NamedTuple):
@@ -121,21 +117,15 @@ class Request(NamedTuple):
 
 
 def changed(base: Settings, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the settings that make a difference.  Raises SettingsError."""
-    check_names(settings)
-    wanted = msgspec.structs.replace(base, **settings)
-    found = {name: getattr(wanted, name) for name in settings}
-    return {name: value for name, value in found.items() if value != getattr(base, name)}
-
-
-def check_names(settings: Mapping[str, Any], *others: str) -> None:
-    """Raises SettingsError for a name that is no setting's."""
+    """What these settings make different from ``base``.  Raises SettingsError."""
     for name in settings:
         if name not in FIELDS:
             raise SettingsError(
-                f"There is no setting {name!r}",
-                hint=f"the settings are: {', '.join((*others, *FIELDS))}",
+                f"There is no setting {name!r}", hint=f"the settings are: {', '.join(FIELDS)}"
             )
+    wanted = msgspec.structs.replace(base, **settings)
+    found = {name: getattr(wanted, name) for name in FIELDS}
+    return {name: value for name, value in found.items() if value != getattr(base, name)}
 
 
 def language_of(name: Language | str | None) -> Language | None:
