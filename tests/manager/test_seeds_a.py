@@ -421,14 +421,14 @@ async def test_A6_a_bad_flag_is_told_with_qemus_own_words(host: VmHost, tmp_path
 
 
 async def test_A6_a_guest_that_panics_is_told_with_its_console(host: VmHost) -> None:
-    """With too little memory for its first programs."""
+    """With too little memory for its initial RAM disk."""
     async with VmManager(host.settings()) as manager:
         with pytest.raises(VmBootError) as caught:
-            await manager.create_vm(memory=80)
+            await manager.create_vm(memory=73)
         error = caught.value
         assert "The guest did not boot" in str(error)
         assert "The guest's console ends with:" in str(error)
-        assert "Kernel panic - not syncing: System is deadlocked on memory" in str(error)
+        assert "Kernel panic - not syncing: " in str(error)
         assert error.log_path is not None
         assert error.log_path.is_file()
         assert "VMKERNEL_MEMORY" in error.hint
