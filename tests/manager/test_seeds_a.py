@@ -309,18 +309,20 @@ async def test_A4_the_lock_is_free_after_a_start_that_went_badly(
 
 
 def test_A4_the_lock_is_free_when_its_holder_died(host: VmHost, rounds: Callable[..., int]) -> None:
-    """At any moment of the start: the starter dies, and with it the runner."""
+    """At any moment of the start: the starter dies, and with it the runner of what is not up."""
     settings = host.settings()
     vm_id = asyncio.run(kept_on(host))
     chance = random.Random(4)
     for _ in range(rounds(quick=4, full=30)):
-        with Racers(host, 1, race="await manager.start_vm(words[0])") as (racer):
+        with Racers(host, 1, race="await manager.start_vm(words[0])") as racer:
             racer.ask("race", vm_id)
             assert seconds_until(lambda: StartLock.holder(settings, vm_id) is not None, 10) < 10
             time.sleep(chance.uniform(0, 0.4))
             racer.kill()
         held = seconds_until(lambda: StartLock.holder(settings, vm_id) is None, 10)
         assert held < PROMISED, "kept by nobody"
+        if _state(host, vm_id) is VmState.RUNNING:  # it is to be kept, and was up
+            asyncio.run(_stop(host, vm_id))
         assert seconds_until(lambda: not living(host), 10) < 2 * PROMISED
 
     async def start_again() -> None:
@@ -331,6 +333,16 @@ def test_A4_the_lock_is_free_when_its_holder_died(host: VmHost, rounds: Callable
 
     asyncio.run(start_again())
     asyncio.run(nothing_is_left(host))
+
+
+def _state(host: VmHost, vm_id: str) -> VmState:
+    with Registry(host.settings()) as record:
+        return record.status(vm_id).state
+
+
+async def _stop(host: VmHost, vm_id: str) -> None:
+    async with VmManager(host.settings()) as manager:
+        await manager.stop_vm(vm_id)
 
 
 # --- A5 ---
