@@ -365,6 +365,67 @@ class TestRun:
             while vm.holds_semaphore_slot:  # QEMU follows its runner in a moment
                 await asyncio.sleep(0.01)
 
+    async def test_questions_of_many_runs_leave_the_manager_its_threads(
+        self, manager: VmManager
+    ) -> None:
+        """One who does not answer keeps one thread; it is nobody else's, and never more than one."""
+        import threading
+
+        answered = threading.Event()
+        threads: list[int] = []
+
+        def wait(prompt: str, password: bool) -> str:
+            threads.append(1)
+            answered.wait(30)
+            return ""
+
+        vm = await manager.create_vm()
+        ask = (
+            "import threading\n"
+            "for _ in range(40): threading.Thread(target=input, daemon=True).start()\n"
+            "input()"
+        )
+        running = asyncio.ensure_future(vm.run(ask, on_input=wait))
+        await asyncio.sleep(1.5)
+        try:
+            async with asyncio.timeout(5):
+                assert len(await manager.list_vms()) == 1
+            assert len(threads) == 1
+        finally:
+            answered.set()
+        running.cancel()
+        await asyncio.wait([running])
+
+    async def test_an_answer_that_comes_late_is_no_interrupt_of_others(self, vm: VmHandle) -> None:
+        import threading
+
+        over = threading.Event()
+
+        def fail_late(prompt: str, password: bool) -> str:
+            over.wait(30)
+            raise EOFError
+
+        first = asyncio.ensure_future(vm.run("input()", on_input=fail_late))
+        await asyncio.sleep(0.5)
+        first.cancel()
+        await asyncio.wait([first])
+        second = asyncio.ensure_future(vm.run("import time\ntime.sleep(1.5)\nprint('whole')"))
+        await asyncio.sleep(0.5)
+        over.set()
+        assert (await second).stdout == "whole\n"
+
+    async def test_one_s_time_limit_is_not_another_s(self, host: VmHost, vm: VmHandle) -> None:
+        async with VmManager(host.settings()) as other:
+            theirs = await other.get_vm(vm.vm_id)
+            mine = asyncio.ensure_future(vm.run("while True: pass", timeout=1))
+            await asyncio.sleep(0.2)
+            queued = asyncio.ensure_future(theirs.run("1"))
+            results = await asyncio.gather(mine, queued, return_exceptions=True)
+            assert isinstance(results[0], VmTimeoutError)
+            assert type(results[1]) is VmGuestError
+            assert results[1].code_ran == "no"
+            assert type(await theirs.wait_ended()) is VmGuestError
+
     def test_a_handle_of_another_event_loop_says_so(self, host: VmHost) -> None:
         manager = VmManager(host.settings())
         vm = asyncio.run(manager.create_vm())
@@ -517,6 +578,54 @@ class TestVm:
                 await manager.destroy_vm(await starting)
             assert host.left() == []
         assert await manager.list_vms(ended=True) == []
+
+    async def test_a_start_under_way_is_given_up_when_its_manager_closes(
+        self, host: VmHost
+    ) -> None:
+        for pause in (0, 0.05, 0.2, 0.3):
+            manager = VmManager(host.settings())
+            starting = asyncio.ensure_future(manager.create_vm())
+            await asyncio.sleep(pause)
+            await manager.close()
+            with pytest.raises(VmStateError, match="closed"):
+                await starting
+            with pytest.raises(VmStateError, match="closed"):
+                await manager.create_vm()
+            assert host.left() == []
+
+    async def test_who_waits_for_a_slot_hears_that_it_is_not_wanted(self, host: VmHost) -> None:
+        settings = host.settings(VMKERNEL_MAX_CONCURRENT_VMS="1")
+        async with VmManager(settings) as manager, VmManager(settings) as other:
+            await manager.create_vm()
+            waiting = {
+                name: asyncio.ensure_future(manager.create_vm(name=name, keep=True))
+                for name in ("stopped", "destroyed")
+            }
+            await asyncio.sleep(0.5)
+            assert manager.capacity().waiting == 2
+            await other.stop_vm("stopped")
+            await other.destroy_vm("destroyed")
+            async with asyncio.timeout(5):
+                with pytest.raises(VmStateError, match="was stopped while it waited"):
+                    await waiting["stopped"]
+                with pytest.raises(VmNotFoundError):
+                    await waiting["destroyed"]
+            assert manager.capacity().waiting == 0
+
+    async def test_an_end_touches_nothing_of_the_next_life(
+        self, host: VmHost, manager: VmManager
+    ) -> None:
+        vm = await manager.create_vm(name="kept", keep=True)
+        async with VmManager(host.settings()) as other:
+            for _ in range(10):
+                await other.stop_vm("kept")
+                vm = await manager.start_vm("kept")
+                theirs = await other.get_vm("kept")
+                assert (await theirs.run("print(1)")).stdout == "1\n"
+                await theirs.close()
+                logs = {path.name for path in (host.state_dir / "logs" / vm.vm_id).iterdir()}
+                assert {"console.log", "runner.log"} <= logs
+            await other.destroy_vm("kept")
 
     async def test_a_result_is_plain_data(self, vm: VmHandle) -> None:
         import msgspec

@@ -13,7 +13,7 @@ import signal
 import time
 from pathlib import Path
 
-from vmkernel.errors import VmError, VmNotFoundError
+from vmkernel.errors import VmError, VmNotFoundError, VmStateError
 from vmkernel.host import reaper, wire
 from vmkernel.host.client import Connection
 from vmkernel.host.handle import VmHandle
@@ -36,6 +36,7 @@ async def end_vm(
     that does not help.
     """
     deadline = time.monotonic() + timeout
+    runner: ProcessIdentity | None = None
     while True:
         try:
             found = await asyncio.to_thread(registry.status, vm_id)
@@ -43,6 +44,8 @@ async def end_vm(
             break
         if found.record.state in ENDED or _never_started(found):
             break
+        if _is_runner(found.record):
+            runner = found.record.runner
         late = time.monotonic() > deadline
         if late and time.monotonic() > deadline + _KILL_SECONDS:
             record = found.record
@@ -56,6 +59,9 @@ async def end_vm(
         await handle.close()
         if handle.runner is not None:
             await see_off(handle.runner)
+    # The record comes before the runner's last instant
+    while is_alive(runner) and time.monotonic() < deadline + _KILL_SECONDS:  # noqa: ASYNC110
+        await asyncio.sleep(_MOMENT / 4)
 
 
 def _never_started(found: VmStatus) -> bool:
@@ -76,8 +82,12 @@ async def _push(
     elif late and _is_runner(record):
         await _kill(record.runner)
     elif record.state is VmState.CREATED:
-        # Who waits for its slot finds that it is gone
-        await asyncio.to_thread(registry.remove, record.vm_id)
+        with contextlib.suppress(VmStateError, VmNotFoundError):  # it has gone on meanwhile
+            await asyncio.to_thread(  # who waits for its slot finds this
+                lambda: registry.update(
+                    record.vm_id, expected=record, state=VmState.STOPPED, ended=time.time()
+                )
+            )
     elif record.state is VmState.STARTING and _is_runner(record):
         assert record.runner is not None
         with contextlib.suppress(OSError):

@@ -155,10 +155,13 @@ class Executor:
             run.asked = False
             guest.send(_request("stdin", run.msg_id, "input_reply", {"value": value}))
 
-    async def interrupt(self, *, kill: bool = False) -> None:
-        """Interrupt the running code; without any, do nothing.  Raises VmGuestError."""
+    async def interrupt(self, *, kill: bool = False, question: str = "") -> None:
+        """Interrupt the running code; without any, do nothing.  Raises VmGuestError.
+
+        With ``question``, only the run that asked it.
+        """
         run, guest = self._current, self._guest
-        if run is not None and guest is not None:
+        if run is not None and guest is not None and question in ("", run.msg_id):
             await _begun(run)
             if not run.done.done():
                 await guest.interrupt(kill=kill)
@@ -195,6 +198,8 @@ class Executor:
         if run is None or message.parent_id != run.msg_id or run.done.done():
             return  # of a thread that code left behind: it belongs to no run
         if message.channel == "stdin" and message.msg_type == "input_request":
+            if run.asked:
+                return  # one question at a time: whoever answers has one thread for it
             run.asked = True
             content = message.content
             prompt, password = str(content.get("prompt", "")), content.get("password") is True

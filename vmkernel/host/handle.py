@@ -6,7 +6,9 @@ Where it stands: given out by ``host.manager``, over ``host.client``; the VM its
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -119,8 +121,7 @@ class VmHandle:
                 if on_output is not None:
                     on_output(output)
             elif isinstance(event, wire.InputRequest) and on_input is not None:
-                asking = loop.run_in_executor(None, on_input, event.prompt, event.password)
-                asking.add_done_callback(lambda done: self._answer(event.question, done))
+                self._ask_person(event, on_input)
 
         call = wire.Run(code, timeout, dict(env or {}), on_input is not None)
         began = loop.time()
@@ -139,11 +140,21 @@ class VmHandle:
             ) from error
         return outputs.result(self.vm_id, msgspec.convert(result, wire.RunEnd))
 
-    def _answer(self, question: str, asking: asyncio.Future[str]) -> None:
-        if asking.cancelled() or asking.exception() is not None:
-            self.connection.tell(wire.Interrupt())  # there is no answer: not an empty one
-        else:
-            self.connection.tell(wire.Answer(question, asking.result()))
+    def _ask_person(self, event: wire.InputRequest, on_input: OnInput) -> None:
+        """In a thread of its own: it may wait for ever, and others need the loop's few threads."""
+        loop = asyncio.get_running_loop()
+
+        def ask() -> None:
+            try:
+                call: wire.Call = wire.Answer(
+                    event.question, on_input(event.prompt, event.password)
+                )
+            except BaseException:  # there is no answer: not an empty one
+                call = wire.Interrupt(question=event.question)
+            with contextlib.suppress(RuntimeError):  # the loop is over
+                loop.call_soon_threadsafe(self.connection.tell, call)
+
+        threading.Thread(target=ask, name=f"input of {self.vm_id}", daemon=True).start()
 
     async def interrupt(self) -> None:
         """KeyboardInterrupt for the code that runs; without any, nothing.  Raises VmGuestError."""

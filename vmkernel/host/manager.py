@@ -70,6 +70,8 @@ class VmManager:
         self.settings = settings
         self._registry = Registry(settings)
         self._created: dict[str, VmHandle] = {}
+        self._starting: set[asyncio.Task[VmHandle]] = set()
+        self._closed = False
 
     def __repr__(self) -> str:
         return f"<VmManager {len(self._created)} VMs of its own, {self.capacity()}>"
@@ -86,10 +88,23 @@ class VmManager:
         await self.close()
 
     async def close(self) -> None:
-        """End the VMs that this manager created and does not keep."""
-        handles = list(self._created.values())
-        await to_its_end(asyncio.gather(*(self._let_go(handle) for handle in handles)))
-        self._registry.close()
+        """End the VMs that this manager created and does not keep, and give up what it starts.
+
+        It starts nothing more.  Raises the first VmError of those ends, after all of them.
+        """
+        self._closed = True
+        await to_its_end(self._close())
+
+    async def _close(self) -> None:
+        for starting in self._starting:
+            starting.cancel()
+        if self._starting:
+            await asyncio.wait(self._starting)
+        ends = [self._let_go(handle) for handle in list(self._created.values())]
+        results = await asyncio.gather(*ends, return_exceptions=True)
+        await asyncio.to_thread(self._registry.close)
+        for failure in filter(None, results):
+            raise failure
 
     # --- starts ---
 
@@ -189,6 +204,10 @@ class VmManager:
             )
             raise
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise VmStateError("this manager is closed", hint="make another one")
+
     async def _start(
         self,
         record: VmRecord,
@@ -197,9 +216,25 @@ class VmManager:
         take_slot: TakeSlot,
         on_progress: OnProgress | None,
     ) -> VmHandle:
-        handle = await runner_start.start_vm(
-            self._registry, record, settings, env or {}, take_slot, on_progress
+        self._check_open()
+        starting = asyncio.ensure_future(
+            runner_start.start_vm(
+                self._registry, record, settings, env or {}, take_slot, on_progress
+            )
         )
+        self._starting.add(starting)
+        try:
+            handle = await starting
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closed and not (task and task.cancelling()):
+                raise VmStateError(
+                    f"the start of {record.vm_id} was given up: its manager was closed",
+                    hint="start it by another one",
+                ) from None
+            raise
+        finally:
+            self._starting.discard(starting)
         self._created[record.vm_id] = handle
         return handle
 

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmkernel import trace
-from vmkernel.errors import VmError, VmExpiredError, VmGuestError
+from vmkernel.errors import VmError, VmExpiredError, VmGuestError, VmTimeoutError
 from vmkernel.host import wire
 from vmkernel.host.capacity import Slot
 from vmkernel.host.registry import vm_dir
 from vmkernel.host.start import Label, Started, begin
 from vmkernel.host.startlock import StartLock
-from vmkernel.host.trees import remove_tree
 from vmkernel.imports import import_without
 from vmkernel.protocol import frames, messages
 from vmkernel.settings import ensure_private_dir, restore_settings
@@ -120,6 +119,7 @@ class Runner:
         owner = RunnerClient(self, is_owner=True)
         await loop.create_connection(lambda: owner.port, sock=starter)
         start = VmStart(self._settings, self._label, begun, slot)
+        start.directory = self._directory
 
         def progress(text: str) -> None:
             owner.send(request_id, wire.Progress(text))
@@ -148,13 +148,15 @@ class Runner:
                 if not self.executor.busy:
                     break
                 await asyncio.sleep(0)
+            if isinstance(end, VmTimeoutError):  # whose run that was is told by its own reply
+                end = VmGuestError(f"the VM was destroyed: {end.message}")
+            told = wire.Failure.of(end) if end is not None else None
             for client, number, reason in self._waiting:
                 client.send(number, wire.Reply(wire.Failure.of(reason) if reason else None))
             for client in self.clients:
-                client.send(wire.ABOUT_THE_VM, wire.Ended(wire.Failure.of(end) if end else None))
+                client.send(wire.ABOUT_THE_VM, wire.Ended(told))
         else:
             owner.send(request_id, wire.Reply(wire.Failure.of(error)))
-        self._remove_directory()
         await self._hang_up()
 
     async def _bring_up(self, start: VmStart, progress: Callable[[str], None]) -> None:
@@ -264,9 +266,6 @@ class Runner:
             listener.bind(f"{path}/{wire.CONTROL_SOCKET}")
         loop = asyncio.get_running_loop()
         await loop.create_unix_server(lambda: RunnerClient(self).port, sock=listener)
-
-    def _remove_directory(self) -> None:
-        remove_tree(self._directory)
 
     async def _hang_up(self) -> None:
         """Let every client have what was said to it, for a moment; then end."""

@@ -135,7 +135,7 @@ class RunnerClient:
                 runner.executor.answer(call.question, call.value)
                 self.send(number, wire.Reply())
             case wire.Interrupt():
-                await runner.executor.interrupt(kill=call.kill)
+                await runner.executor.interrupt(kill=call.kill, question=call.question)
                 self.send(number, wire.Reply())
             case wire.Ask():
                 if isinstance(call.command, _OURS):

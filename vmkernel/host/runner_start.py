@@ -48,6 +48,8 @@ OnProgress = Callable[[str], None]
 TakeSlot = Callable[[], Awaitable["Slot"]]
 SILENCE = 30.0
 """Seconds in which a runner that starts a VM must say something; it does so each second."""
+LOOK_SECONDS = 0.5
+"""How often one that waits for a slot looks whether it is still wanted."""
 STOP_SECONDS = 10.0
 """How long a VM may take to end before its runner is killed."""
 
@@ -68,7 +70,9 @@ async def start_vm(
     vm_id = record.vm_id
     with StartLock.take(settings, vm_id) as lock:
         await _make_startable(registry, settings, vm_id)
-        with await take_slot() as slot:  # closed at the end of this; by then the runner has its own
+        with await _slot_while_wanted(
+            registry, vm_id, take_slot
+        ) as slot:  # closed at the end of this; by then the runner has its own
             starting = asyncio.ensure_future(
                 update(
                     registry,
@@ -112,6 +116,26 @@ async def start_vm(
             await _mark_failed(registry, vm_id, error)
         raise
     return VmHandle(record, connection, shared_slots(settings), settings.max_output, runner)
+
+
+async def _slot_while_wanted(registry: Registry, vm_id: str, take_slot: TakeSlot) -> Slot:
+    """A slot; VmStateError or VmNotFoundError when the VM is stopped or destroyed meanwhile."""
+    before = (await asyncio.to_thread(registry.status, vm_id)).record.state
+    taking = asyncio.ensure_future(take_slot())
+    try:
+        while not (await asyncio.wait([taking], timeout=LOOK_SECONDS))[0]:
+            now = (await asyncio.to_thread(registry.status, vm_id)).record.state
+            if now is not before:
+                raise VmStateError(
+                    f"{vm_id} was {now} while it waited for a slot",
+                    hint=f"vmkernel start {vm_id}",
+                )
+        return await taking
+    finally:
+        if not taking.done():
+            taking.cancel()
+            await asyncio.wait([taking])
+        # A slot that came in the very last moment frees itself: nobody refers to it
 
 
 async def _make_startable(registry: Registry, settings: Settings, vm_id: str) -> None:

@@ -171,6 +171,8 @@ class VmStart:
         """What is known of the VM once QEMU was started"""
         self._begun = begun
         self._slot = slot
+        self.directory: Path | None = None
+        """Removed at the VM's end: a runner's."""
         self._guest: Guest | None = None
         self._registry = registry.Registry(settings)
         self._writing: asyncio.Future[None] | None = None
@@ -269,16 +271,21 @@ class VmStart:
             self.vm_id = begun.record.vm_id
         guest, self._guest = self._guest, None
         try:
+            if self.label.vm_id and self._writing is not None:  # others may want to start it again
+                self._write(self._now_stopping)
             if guest is not None:
                 await guest.close()
         finally:
+            # The record comes last: from then on the VM may be started again, by others
+            if self.directory is not None:
+                remove_tree(self.directory)
+            if self.vm_id and not keep_logs:
+                remove_tree(log_dir(self.settings, self.vm_id))
             if self._writing is not None:
                 self._write(self._now_ended, keep_logs, cause)
                 with suppress(VmError):  # told already, or of no interest now
                     await self._written()
                 self._writing = None
-            if self.vm_id and not keep_logs:
-                remove_tree(log_dir(self.settings, self.vm_id))
 
     def _write(self, change: Callable[..., None], *values: object) -> None:
         """Change the record in a thread, after the change before, whatever became of that."""
@@ -330,6 +337,10 @@ class VmStart:
     def _now_running(self) -> None:
         with suppress(VmNotFoundError):  # it could not be put on record
             self._registry.update(self.vm_id, state=VmState.RUNNING, started=time.time())
+
+    def _now_stopping(self) -> None:
+        with suppress(VmNotFoundError, VmStateError):
+            self._registry.update(self.vm_id, state=VmState.STOPPING)
 
     def _now_ended(self, failed: bool, cause: str) -> None:
         state = VmState.FAILED if failed else VmState.STOPPED

@@ -98,9 +98,14 @@ class Answer(msgspec.Struct, tag="answer", forbid_unknown_fields=True):
 
 
 class Interrupt(msgspec.Struct, tag="interrupt", forbid_unknown_fields=True):
-    """Interrupt what runs; with ``run``, only if that is what runs, or take it out of the queue."""
+    """Interrupt what runs.
+
+    With ``run``, only if that is what runs, or take it out of the queue; with ``question``, only
+    the run whose `InputRequest` that is.
+    """
 
     run: int | None = None
+    question: ShortStr = ""
     kill: bool = False
 
 
