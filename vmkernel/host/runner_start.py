@@ -130,12 +130,13 @@ async def _slot_while_wanted(registry: Registry, vm_id: str, take_slot: TakeSlot
                     f"{vm_id} was {now} while it waited for a slot",
                     hint=f"vmkernel start {vm_id}",
                 )
-        return await taking
-    finally:
-        if not taking.done():
-            taking.cancel()
-            await asyncio.wait([taking])
-        # A slot that came in the very last moment frees itself: nobody refers to it
+        return taking.result()
+    except BaseException:
+        taking.cancel()
+        await asyncio.wait([taking])
+        if not taking.cancelled() and taking.exception() is None:
+            taking.result().release()  # it came in the very last moment
+        raise
 
 
 async def _make_startable(registry: Registry, settings: Settings, vm_id: str) -> None:
