@@ -70,9 +70,8 @@ async def start_vm(
     vm_id = record.vm_id
     with StartLock.take(settings, vm_id) as lock:
         await _make_startable(registry, settings, vm_id)
-        with await _slot_while_wanted(
-            registry, vm_id, take_slot
-        ) as slot:  # closed at the end of this; by then the runner has its own
+        # Lock and slot are closed at the end of this; by then the runner has its own
+        with await _slot_while_wanted(registry, vm_id, take_slot) as slot:
             starting = asyncio.ensure_future(
                 update(
                     registry,
