@@ -22,15 +22,13 @@ import msgspec
 from vmkernel import trace
 from vmkernel.errors import (
     ImageError,
-    RegistryError,
     VmBootError,
     VmError,
-    VmNotFoundError,
-    VmStateError,
 )
 from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
 from vmkernel.host.processes import tag_of
+from vmkernel.host.recording import Recorder
 from vmkernel.host.trees import remove_tree
 from vmkernel.models import ENDED, VmState
 from vmkernel.vm import accel
@@ -39,8 +37,6 @@ from vmkernel.vm.qemu import find_qemu
 from vmkernel.vm.template import Spec, Template, ensure_template, find_template
 
 if TYPE_CHECKING:
-    import asyncio
-
     from vmkernel.host.guest import Guest, KernelDeath, OnOutput
     from vmkernel.settings import LoadedSettings, Settings
     from vmkernel.vm.command import Accelerator
@@ -49,8 +45,6 @@ KEPT_LOGS = 20
 """How many failed VMs' logs are kept."""
 
 _YOUNG = 60_000_000_000  # nanoseconds
-_PATIENCE = 1.0
-"""Seconds that a notebook's kernel waits for its VM to be on record."""
 
 Progress = Callable[[str], None]
 """progress(one line for a person: what is being waited for)"""
@@ -174,9 +168,7 @@ class VmStart:
         self.directory: Path | None = None
         """Removed at the VM's end: a runner's."""
         self._guest: Guest | None = None
-        self._registry = registry.Registry(settings)
-        self._writing: asyncio.Future[None] | None = None
-        """The last change of the record, which is made in a thread: it waits for disk and locks."""
+        self._recorder = Recorder(settings, label.vm_id)
 
     async def guest(
         self,
@@ -199,7 +191,7 @@ class VmStart:
         try:
             started = begun or await self._start(progress)
             if begun is not None:
-                self._write(self._now_starting, begun.record)
+                self._recorder.starting(begun.record)
             self.template = started.template
             self.record = started.record
             self.vm_id = started.record.vm_id
@@ -216,14 +208,14 @@ class VmStart:
             await guest.vm.load(self.settings.start_timeout)
             trace.mark("state loaded")
             await guest.wake(self.settings.start_timeout)
-            await self._written()
+            await self._recorder.written()
             awake = True
             trace.mark("guest awake")
-            self._write(self._now_running)
+            self._recorder.running()
             if self.label.vm_id:  # who is told that it runs will look it up
-                await self._written()
+                await self._recorder.written()
             if begun is not None:  # begin() was in a hurry; what it left undone delays nobody now
-                self._write(_tidy, self.settings)
+                self._recorder.write(lambda: _tidy(self.settings))
         except BaseException as error:
             failure = error
             if isinstance(error, OSError) and not isinstance(error, VmError):
@@ -271,8 +263,8 @@ class VmStart:
             self.vm_id = begun.record.vm_id
         guest, self._guest = self._guest, None
         try:
-            if self.label.vm_id and self._writing is not None:  # others may want to start it again
-                self._write(self._now_stopping)
+            if self.label.vm_id and self._recorder.begun:  # others may want to start it again
+                self._recorder.stopping()
             if guest is not None:
                 await guest.close()
         finally:
@@ -281,81 +273,19 @@ class VmStart:
                 remove_tree(self.directory)
             if self.vm_id and not keep_logs:
                 remove_tree(log_dir(self.settings, self.vm_id))
-            if self._writing is not None:
-                self._write(self._now_ended, keep_logs, cause)
+            recorder, self._recorder = self._recorder, Recorder(self.settings, self.label.vm_id)
+            if recorder.begun:
+                recorder.ended(failed=keep_logs, cause=cause)
                 with suppress(VmError):  # told already, or of no interest now
-                    await self._written()
-                self._writing = None
-
-    def _write(self, change: Callable[..., None], *values: object) -> None:
-        """Change the record in a thread, after the change before, whatever became of that."""
-        import asyncio
-
-        before = self._writing
-
-        async def write() -> None:
-            if before is not None:
-                await asyncio.wait([before])
-            await asyncio.to_thread(self._change, change, *values)
-
-        self._writing = asyncio.ensure_future(write())
-        self._writing.add_done_callback(_seen)
-
-    async def _written(self) -> None:
-        """Wait until what was written last is on record.  Raises VmError when it is not.
-
-        Not so for a notebook's VM: all that matters of it is in the process table and in locks, and
-        a full disk or somebody's lock on the record should not keep a person from a kernel.
-        """
-        import asyncio
-
-        assert self._writing is not None
-        # Neither way is the write itself cancelled: what is written next must come after it.
-        if self.label.vm_id:
-            await asyncio.shield(self._writing)
-        else:
-            await asyncio.wait([self._writing], timeout=_PATIENCE)
-
-    def _change(self, change: Callable[..., None], *values: object) -> None:
-        try:
-            change(*values)
-        except RegistryError as error:
-            if self.label.vm_id:
-                raise
-            _warn("VM %s is not on record as it is: %s", self.vm_id, error)
-
-    def _now_starting(self, record: registry.VmRecord) -> None:
-        if not self.label.vm_id:
-            self._registry.add(record)
-            return
-        names = ("state", "boot_id", "runner_pid", "runner_start", "qemu_pid", "qemu_start", "slot",
-                 "slot_lease", "template", "recipe", "accelerator", "memory", "vcpus",
-                 "log_dir")  # fmt: skip
-        changes = {name: getattr(record, name) for name in names}
-        self._registry.update(record.vm_id, **changes)
-
-    def _now_running(self) -> None:
-        with suppress(VmNotFoundError):  # it could not be put on record
-            self._registry.update(self.vm_id, state=VmState.RUNNING, started=time.time())
-
-    def _now_stopping(self) -> None:
-        with suppress(VmNotFoundError, VmStateError):
-            self._registry.update(self.vm_id, state=VmState.STOPPING)
-
-    def _now_ended(self, failed: bool, cause: str) -> None:
-        state = VmState.FAILED if failed else VmState.STOPPED
-        cause = cause.partition("\n")[0]
-        with self._registry, suppress(VmNotFoundError, VmStateError):  # settled by somebody's sweep
-            self._registry.update(self.vm_id, state=state, ended=time.time(), exit_cause=cause)
+                    await recorder.written()
 
     async def _start(self, progress: Progress) -> Started:
         settings = self.settings
         record = _new_record(settings, self.label)
         self.vm_id = record.vm_id
-        self._write(_tidy, settings)
-        if not self.label.vm_id:
-            self._write(self._registry.add, record)
-        await self._written()
+        self._recorder.write(lambda: _tidy(settings))
+        self._recorder.waiting(record)
+        await self._recorder.written()
         slot, self._slot = self._slot, None
         if slot is None:
             slot = await shared_slots(settings).acquire(
@@ -382,7 +312,7 @@ class VmStart:
                 )
             progress("starting the VM")
             started = _spawn_clone(settings, spec, template, record, slot, self.label)
-        self._write(self._now_starting, started.record)
+        self._recorder.starting(started.record)
         return started
 
     async def _explain(self, error: VmError) -> VmError:
@@ -470,18 +400,6 @@ def _age(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:  # another process removed it
         return 0
-
-
-def _seen(task: asyncio.Future[None]) -> None:
-    """Mark a failure as seen: who waits for it is told, or nobody."""
-    if not task.cancelled():
-        task.exception()
-
-
-def _warn(message: str, *values: object) -> None:
-    import logging
-
-    logging.getLogger(__name__).warning(message, *values)
 
 
 def _new_record(settings: Settings, label: Label) -> registry.VmRecord:
