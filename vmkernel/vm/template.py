@@ -16,6 +16,7 @@ show the builder's progress.  A template that is damaged is built again, never r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -160,10 +161,7 @@ class Template:
 
         fd = -1
         try:
-            # tempfile would import random and the compressors before QEMU is started
-            path = directory / f"scratch-{os.urandom(8).hex()}"
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            path.unlink()
+            fd = _open_nameless(directory)
             with open(self.directory / "scratch.qcow2", "rb") as source:
                 data = source.read()
             while data:
@@ -182,6 +180,21 @@ class Template:
         with suppress(OSError):
             os.utime(self.directory / "used")  # for prune()
         return os.open(self.directory / "state", os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _open_nameless(directory: Path) -> int:
+    """A file without a name: whoever is killed at whatever moment leaves none.  Raises OSError."""
+    try:
+        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        # The file system cannot do that (open(2), "O_TMPFILE"), or the kernel knows no such flag
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+            raise
+    # tempfile would import random and the compressors before QEMU is started
+    path = directory / f"scratch-{os.urandom(8).hex()}"
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    path.unlink()
+    return fd
 
 
 def templates_dir(settings: Settings) -> Path:
