@@ -139,6 +139,39 @@ async def test_A1_a_recycled_pid_is_never_taken_for_the_old_one(host: VmHost) ->
         assert (await vm.run("print('on')")).stdout == "on\n"
 
 
+async def test_A1_after_a_restart_of_the_host_a_kept_vm_starts_again(host: VmHost) -> None:
+    settings = host.settings()
+    async with VmManager(settings) as manager:
+        vm_id = await kept_vm(manager)
+        me = processes.identify_self()
+        with Registry(settings) as registry:  # it ran, and somebody has its pids by now
+            registry.update(vm_id, state=VmState.STARTING)
+            registry.update(
+                vm_id,
+                state=VmState.RUNNING,
+                boot_id="the boot before",
+                runner_pid=me.pid,
+                runner_start=me.start_time,
+                qemu_pid=me.pid,
+                qemu_start=me.start_time,
+            )
+        (status,) = await manager.list_vms()
+        assert status.state is VmState.FAILED
+        seen: set[VmState] = set()
+        starting = asyncio.create_task(manager.start_vm(vm_id))
+        while not starting.done():
+            seen |= {status.state for status in await manager.list_vms()}
+            await asyncio.sleep(0.005)
+        vm = await starting
+        assert VmState.STARTING in seen
+        assert (await vm.run("print('on')")).stdout == "on\n"
+        (status,) = await manager.list_vms()
+        assert status.state is VmState.RUNNING
+        assert status.record.boot_id == processes.boot_id()
+        await manager.destroy_vm(vm)
+    await nothing_is_left(host)
+
+
 # --- A2: the order of checks on start ---
 
 

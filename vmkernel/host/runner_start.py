@@ -30,7 +30,7 @@ from vmkernel.errors import (
 from vmkernel.host import reaper, wire
 from vmkernel.host.client import Connection, RunnerProcess, spawn_runner
 from vmkernel.host.handle import VmHandle
-from vmkernel.host.processes import ProcessIdentity, identify_self
+from vmkernel.host.processes import ProcessIdentity, boot_id, identify_self
 from vmkernel.host.registry import Registry, VmRecord
 from vmkernel.host.start import log_dir, remove_logs, shared_slots
 from vmkernel.host.startlock import StartLock
@@ -250,9 +250,13 @@ async def update(registry: Registry, vm_id: str, **changes: Any) -> VmRecord:
     return await asyncio.to_thread(lambda: registry.update(vm_id, **changes))
 
 
-def as_runner(identity: ProcessIdentity) -> dict[str, int]:
+def as_runner(identity: ProcessIdentity) -> dict[str, Any]:
     """The fields of the record that name the VM's runner."""
-    return {"runner_pid": identity.pid, "runner_start": identity.start_time}
+    return {
+        "runner_pid": identity.pid,
+        "runner_start": identity.start_time,
+        "boot_id": boot_id(),  # a VM that is kept may have run in an earlier one
+    }
 
 
 def _quoted(runner: RunnerProcess) -> str:
