@@ -52,6 +52,7 @@ def run_checks() -> list[Check]:
         ("image building", build_tools),
         ("template", _template),
         ("VM slots", _slots),
+        ("record of VMs", _record),
         ("runtime dir", _runtime_dir),
         ("disk space", disk_space),
         ("memory", memory),
@@ -167,6 +168,20 @@ def _slots(settings: Settings) -> Check:
             "a new kernel waits: end one, or raise max_concurrent_vms",
         )  # fmt: skip
     return Check("VM slots", "ok", found)
+
+
+def _record(settings: Settings) -> Check:
+    from vmkernel.host.registry import Registry
+
+    name = "record of VMs"
+    try:
+        with Registry(settings) as registry:
+            statuses = registry.list(ended=True)
+    except VmError as error:
+        # Notebooks run without it; `vmkernel run` and other users of VmManager do not
+        return Check(name, "warning", error.message, error.hint)
+    alive = sum(status.runner_alive for status in statuses)
+    return Check(name, "ok", f"{settings.database_file}: {alive} of {len(statuses)} VMs run")
 
 
 def _runtime_dir(settings: Settings) -> Check:

@@ -223,9 +223,12 @@ class VmHandle:
         """Prove that the guest answers.  Raises VmGuestError when it does not in time."""
         await self._ask(messages.Stats(), timeout)
 
-    async def statistics(self) -> dict[str, Any]:
-        """What the guest uses: the fields of `vmkernel.protocol.messages.Usage`."""
-        return await self._ask(messages.Stats())
+    async def statistics(self, timeout: float = ANSWER_SECONDS) -> dict[str, Any]:
+        """What the guest uses: the fields of `vmkernel.protocol.messages.Usage`.
+
+        Raises VmGuestError when the guest does not answer within ``timeout`` seconds.
+        """
+        return await self._ask(messages.Stats(), timeout)
 
     async def wait_ended(self) -> VmError | None:
         """Until the VM has ended; why, or None when it was asked to."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vmkernel.errors import ProtocolError, VmBootError, VmError, VmGuestError
+from vmkernel.errors import ProtocolError, TemplateError, VmBootError, VmError, VmGuestError
 from vmkernel.protocol import messages
 from vmkernel.vm.command import Machine, qemu_argv
 from vmkernel.vm.console import ConsoleLog
@@ -169,6 +169,11 @@ class Vm:
             await self._loader.wait(timeout)
         except VmBootError as error:
             raise await self.failed(error.message) from error
+        except TemplateError as error:
+            failure = await self.failed(error.message)
+            if (self.process.returncode or 0) < 0:  # killed: nothing is wrong with the template
+                raise failure from error
+            raise
 
     async def monitor(self) -> Monitor:
         """QEMU's monitor, opened at first use.  Raises VmBootError with QEMU's last words."""
