@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from vmkernel.errors import (
 )
 from vmkernel.host import wire
 from vmkernel.host.capacity import Slot
-from vmkernel.host.processes import ProcessIdentity, identify
+from vmkernel.host.processes import ProcessIdentity, identify, is_alive
 from vmkernel.host.startlock import StartLock
 from vmkernel.protocol import frames, messages
 from vmkernel.settings import Settings
@@ -43,6 +44,8 @@ _PROGRAM = Path(__file__).with_name("run_vm.py")
 _LOG_TAIL = 4000
 SILENT_SECONDS = 20.0
 """How much longer than the guest a runner may take to answer, on a host that is very busy."""
+BUSY_SECONDS = 10.0
+"""How long a runner may leave a new connection in its queue, when that is full."""
 CANCEL_SECONDS = 20.0
 """How long a cancelled run is waited for: interrupt, end of its kernel, and then some."""
 
@@ -60,6 +63,7 @@ class RunnerProcess:
         self._ended: asyncio.Future[int] = self._loop.create_future()
         self._pidfd = os.pidfd_open(process.pid)  # ours to reap, so the number is still its own
         self._loop.add_reader(self._pidfd, self._on_exit)
+        self._forgotten = False
 
     def __repr__(self) -> str:
         state = f"ended {self._ended.result()}" if self._ended.done() else "running"
@@ -67,8 +71,15 @@ class RunnerProcess:
 
     def _on_exit(self) -> None:
         self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        self._ended.set_result(self._process.wait())
+        if self._forgotten:
+            self._reap()
+        else:
+            os.close(self._pidfd)
+            self._ended.set_result(self._process.wait())
+
+    def on_end(self, callback: Callable[[], None]) -> None:
+        """Call it when the process has ended, or is none of ours any more."""
+        self._ended.add_done_callback(lambda _: callback())
 
     async def wait(self) -> int:
         """Until it has ended; its exit status, or minus the signal's number."""
@@ -79,15 +90,26 @@ class RunnerProcess:
         return await asyncio.shield(self._ended)
 
     def forget(self) -> None:
-        """It lives on without us."""
+        """It lives on without us; only its zombie will be ours."""
         if not self._ended.done():
-            self._loop.remove_reader(self._pidfd)
-            os.close(self._pidfd)
+            self._forgotten = True
             self._process.returncode = 0  # else subprocess warns of a child that is left running
             self._ended.set_result(0)
+            _forgotten.append(self)
+
+    def _reap(self) -> None:
+        _forgotten.remove(self)
+        with contextlib.suppress(ChildProcessError):  # somebody else's, after a fork; or reaped
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG)
+        os.close(self._pidfd)
+
+    def reap_if_left(self) -> None:
+        """Reap it if it has ended, and the event loop is over that would have been told."""
+        if self._loop.is_closed() and not is_alive(self.identity):
+            self._reap()
 
     def kill(self) -> None:
-        """SIGKILL, if it has not ended; QEMU dies with it."""
+        """SIGKILL, if it has not ended and is ours; QEMU dies with it."""
         if not self._ended.done():
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
@@ -101,6 +123,10 @@ class RunnerProcess:
         return data[-_LOG_TAIL:].decode(errors="replace").strip()
 
 
+_forgotten: list[RunnerProcess] = []
+"""Children that live on by themselves: each one would be a zombie of this process in the end."""
+
+
 def spawn_runner(
     settings: Settings, vm_id: str, log_dir: Path, slot: Slot, lock: StartLock
 ) -> tuple[RunnerProcess, socket.socket]:
@@ -108,9 +134,12 @@ def spawn_runner(
 
     Returns it and our end of its socket.  Raises VmBootError.
     """
-    ours, theirs = socket.socketpair()
+    for left in _forgotten.copy():
+        left.reap_if_left()
     log_path = log_dir / "runner.log"
+    pair: tuple[socket.socket, ...] = ()
     try:
+        pair = ours, theirs = socket.socketpair()
         log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         log = os.open(
             log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
@@ -126,16 +155,24 @@ def spawn_runner(
             )  # fmt: skip
         finally:
             os.close(log)
+        try:
+            runner = RunnerProcess(vm_id, process, log_path)
+        except OSError:
+            process.kill()
+            process.wait()
+            raise
     except OSError as error:
-        ours.close()
+        for sock in pair[:1]:
+            sock.close()
         raise VmBootError(
             f"the runner of {vm_id} could not be started: {error}",
             hint=f"check room and permissions of {log_dir}, and the limits on open files and "
             "processes (`vmkernel doctor`)",
         ) from error
     finally:
-        theirs.close()
-    return RunnerProcess(vm_id, process, log_path), ours
+        for sock in pair[1:]:
+            sock.close()
+    return runner, ours
 
 
 class RunnerSilentError(VmGuestError):
@@ -184,14 +221,14 @@ class Connection:
 
     @classmethod
     async def reach(cls, directory: Path) -> Connection:
-        """Connect to the runner whose VM's directory this is.  Raises OSError."""
+        """Connect to the runner whose VM's directory this is.  Raises OSError, VmGuestError."""
         connection = cls()
         loop = asyncio.get_running_loop()
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.setblocking(False)
         try:
             with wire.short_path(directory) as path:
-                await loop.sock_connect(sock, f"{path}/{wire.CONTROL_SOCKET}")
+                await _connect(sock, f"{path}/{wire.CONTROL_SOCKET}")
             await loop.create_connection(lambda: connection._port, sock=sock)
         except BaseException:
             sock.close()
@@ -329,3 +366,21 @@ class Connection:
             if not pending.answer.done():
                 pending.answer.set_exception(self._gone("unknown"))
                 pending.answer.exception()  # seen: its waiter may be gone
+
+
+async def _connect(sock: socket.socket, path: str) -> None:
+    """Not `loop.sock_connect`: that takes a full queue (EAGAIN, connect(2)) for a connection."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            sock.connect(path)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise VmGuestError(
+                    f"the VM's runner has taken no connection for {BUSY_SECONDS:g} s: too many "
+                    "wait for it",
+                    hint="is it stopped, or the host overloaded? `vmkernel ps`",
+                ) from None
+            await asyncio.sleep(0.02)
+        else:
+            return

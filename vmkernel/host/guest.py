@@ -70,6 +70,8 @@ class Guest:
         self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._ready: asyncio.Future[None] | None = None
         self._death: KernelDeath | None = None
+        self._hearing = False
+        """Whether a kernel died of which something may still come."""
 
     def __repr__(self) -> str:
         return f"<Guest {self.vm!r}>"
@@ -164,7 +166,9 @@ class Guest:
 
     def _on_event(self, event: messages.FromAgent) -> None:
         if isinstance(event, messages.KernelDied):
-            self._hear_out(explain_death(event))
+            if not self._hearing:  # one at a time, whatever a guest tells
+                self._hearing = True
+                self._hear_out(explain_death(event))
         elif isinstance(event, messages.Ready):
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(None)
@@ -177,7 +181,9 @@ class Guest:
             loop = asyncio.get_running_loop()
             received = self.vm.kernel.received
             loop.call_later(LAST_WORDS, self._hear_out, death, received, turns - 1)
-        elif self.vm.running:
+            return
+        self._hearing = False
+        if self.vm.running:
             self._death = death
             self._fail(VmGuestError(death.reason, hint=death.hint))
             self._on_kernel_death(death)

@@ -115,7 +115,11 @@ async def aside(function: Callable[..., T], *arguments: object) -> T:
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
-        await asyncio.wait([work])
+        while not work.done():  # cancelled again, it must not leave the thread its descriptor
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()  # seen: the cancellation is what is told
         raise
 
 

@@ -43,12 +43,17 @@ def main(arguments: list[str]) -> NoReturn:
     """Run one VM: VM_ID DATABASE SOCKET_FD SLOT_FD LOCK_FD."""
     trace.begin(os.environ.get(trace.VARIABLE, ""))
     trace.mark("runner: imported")
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # ignored by our starter, it would hide QEMU's end
+    _limit_memory()
     vm_id, _, *numbers = arguments  # the database is named for who reads the process table
     socket_fd, slot_fd, lock_fd = map(int, numbers)
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     starter = socket.socket(fileno=socket_fd)
+    starter_pidfd = _watch_starter(starter)
     reader = frames.FrameReader()
     request = _first_request(starter, reader)
     assert isinstance(request.call, wire.Start)
@@ -66,9 +71,37 @@ def main(arguments: list[str]) -> NoReturn:
     import asyncio
 
     runner = Runner(settings, label, request.call.kept, lock_fd)
-    asyncio.run(runner.serve(starter, request.id, slot, begun, failure))
+    asyncio.run(runner.serve(starter, starter_pidfd, request.id, slot, begun, failure))
     sys.stderr.flush()
     os._exit(0)
+
+
+def _limit_memory() -> None:
+    """Have a limit, where there is none that is lower.
+
+    Against a guest whose messages grow when they are decoded: of 256 MiB (`frames.MAX_MESSAGE`)
+    JSON can make ten GiB of small dicts.  That ends in a MemoryError here, and the VM with it (see
+    `vm.ports`); else the host would look for a victim.  QEMU has a limit of its own (`vm.limits`).
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = MOST_MEMORY if hard == resource.RLIM_INFINITY else min(MOST_MEMORY, hard)
+    if soft == resource.RLIM_INFINITY or soft > limit:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _watch_starter(starter: socket.socket) -> int:
+    """A pidfd of the starter: its socket may live on in children that it forked."""
+    raw = starter.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, wire.CREDENTIALS.size)
+    pid = wire.CREDENTIALS.unpack(raw)[0]
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        os._exit(0)
+    if os.getppid() != pid:  # it has died, and somebody may have its number by now
+        os._exit(0)
+    return pidfd
 
 
 def _first_request(starter: socket.socket, reader: frames.FrameReader) -> wire.Request:
@@ -78,6 +111,13 @@ def _first_request(starter: socket.socket, reader: frames.FrameReader) -> wire.R
             os._exit(0)  # the starter has died: nobody wants this VM
         for message in reader.feed(data):
             return messages.decode(frames.split(message)[0], wire.Request)
+
+
+MOST_MEMORY = 1 << 30
+"""Bytes that a runner may have of memory to write to; it takes some 25 MiB, and more only for a
+message on its way."""
+MOST_WAITING = 1024
+"""Connections that wait to be taken while the runner is busy."""
 
 
 class Runner:
@@ -101,6 +141,7 @@ class Runner:
     async def serve(
         self,
         starter: socket.socket,
+        starter_pidfd: int,
         request_id: int,
         slot: Slot,
         begun: Started | None,
@@ -118,6 +159,12 @@ class Runner:
         loop.add_signal_handler(signal.SIGTERM, self.stop, "its runner was asked to end (SIGTERM)")
         owner = RunnerClient(self, is_owner=True)
         await loop.create_connection(lambda: owner.port, sock=starter)
+
+        def on_starter_dead() -> None:
+            loop.remove_reader(starter_pidfd)
+            owner.leave()
+
+        loop.add_reader(starter_pidfd, on_starter_dead)
         start = VmStart(self._settings, self._label, begun, slot)
         start.directory = self._directory
 
@@ -262,10 +309,13 @@ class Runner:
         ensure_private_dir(self._settings.runtime_dir)
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        loop = asyncio.get_running_loop()
         with wire.short_path(self._directory) as path:
             listener.bind(f"{path}/{wire.CONTROL_SOCKET}")
-        loop = asyncio.get_running_loop()
-        await loop.create_unix_server(lambda: RunnerClient(self).port, sock=listener)
+            # Inside, as Python 3.13 looks at the path that the socket was bound to
+            await loop.create_unix_server(
+                lambda: RunnerClient(self).port, sock=listener, backlog=MOST_WAITING
+            )
 
     async def _hang_up(self) -> None:
         """Let every client have what was said to it, for a moment; then end."""

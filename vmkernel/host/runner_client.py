@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import struct
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
 
 _OURS = (messages.Wake, messages.SetClock, messages.Interrupt, messages.StartKernel)
 """The agent's commands that no client may give it by `wire.Ask`: they are the runner's."""
-_CREDENTIALS = struct.Struct("3i")  # struct ucred of unix(7): pid, uid, gid
 
 
 class RunnerClient:
@@ -52,6 +50,11 @@ class RunnerClient:
         """Tell it something, if it is still there."""
         if self.port.connected:
             self.port.send(wire.encode(wire.FromRunner(number, event)), buffers)
+
+    def leave(self) -> None:
+        """As if it had hung up, which it cannot any more: its process is dead."""
+        if self in self._runner.clients:
+            self._on_lost(None)
 
     def _on_lost(self, error: ProtocolError | None) -> None:
         self._runner.clients.discard(self)
@@ -91,8 +94,8 @@ class RunnerClient:
     def _check_peer(self) -> None:
         """The directory lets nobody else in; this is the second lock.  Raises ProtocolError."""
         sock = self.port.socket
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, uid, _ = _CREDENTIALS.unpack(raw)
+        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, wire.CREDENTIALS.size)
+        _, uid, _ = wire.CREDENTIALS.unpack(raw)
         if uid not in (0, os.geteuid()):
             raise ProtocolError(f"user id {uid} has no business here")
         self._known = True

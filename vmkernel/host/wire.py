@@ -11,6 +11,7 @@ Where it stands: under ``host.runner`` and ``host.client``.
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,8 @@ from vmkernel.protocol.messages import ShortStr
 
 CONTROL_SOCKET = "control.sock"
 """Its name in the VM's directory."""
+CREDENTIALS = struct.Struct("3i")
+"""A peer's, as unix(7) has them in struct ucred: pid, uid, gid."""
 ABOUT_THE_VM = 0
 """The number of an event that answers no request."""
 

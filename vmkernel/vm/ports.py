@@ -130,7 +130,9 @@ class Port(asyncio.Protocol):
                 self._on_message(body, buffers)
         except Exception as error:
             # Were it left to asyncio, it would hang up without a word, and a cell wait for ever.
-            if not isinstance(error, ProtocolError):
+            if isinstance(error, MemoryError):
+                error = ProtocolError("a message that takes more memory than there may be of it")
+            elif not isinstance(error, ProtocolError):
                 log.exception("a message on port %s cannot be handled", self.name)
                 error = ProtocolError(f"a message that cannot be handled ({error!r})")
             self._broken = True
