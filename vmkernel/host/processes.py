@@ -156,11 +156,27 @@ def kill(identity: ProcessIdentity, *, wait: float = 1.0) -> bool:
             return True
         except PermissionError:
             return False
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)  # readable once it ended
-        return bool(poll.poll(wait * 1000))
+        return _ends(pidfd, wait)
     finally:
         os.close(pidfd)
+
+
+def wait_ended(identity: ProcessIdentity, seconds: float = 1.0) -> bool:
+    """Wait for the end of this very process; whether it has ended."""
+    try:
+        pidfd = os.pidfd_open(identity.pid)
+    except OSError:
+        return not is_alive(identity)
+    try:
+        return not is_alive(identity) or _ends(pidfd, seconds)
+    finally:
+        os.close(pidfd)
+
+
+def _ends(pidfd: int, seconds: float) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)  # readable once it ended
+    return bool(poll.poll(seconds * 1000))
 
 
 def tag_of(database_file: Path) -> str:

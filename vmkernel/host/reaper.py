@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING
 from vmkernel.errors import VmAlreadyStartingError, VmError, VmNotFoundError, VmStateError
 from vmkernel.host import processes, running
 from vmkernel.host.processes import ProcessIdentity
-from vmkernel.host.registry import Registry, VmRecord, VmStatus, status_of, vm_dir, vms_dir
+from vmkernel.host.registry import (
+    Registry,
+    VmRecord,
+    VmStatus,
+    status_of,
+    vm_dir,
+    vms_dir,
+    where_it_lives,
+)
 from vmkernel.host.startlock import StartLock
 from vmkernel.host.trees import remove_tree
 from vmkernel.models import ENDED, VmState
@@ -55,7 +63,7 @@ def settle(settings: Settings, vm_id: str, *, locked: bool = False) -> bool:
     """
     with Registry(settings) as registry:
         if locked:
-            return _settle(settings, registry, vm_id)
+            return _settle(_place(settings, registry, vm_id), registry, vm_id)
         return _try(settings, registry, vm_id)
 
 
@@ -68,7 +76,7 @@ def rebuild(settings: Settings) -> list[VmRecord]:
     with Registry(settings) as registry:
         for record in running.find_running(settings):
             try:
-                if registry.get(record.vm_id).state not in ENDED:
+                if registry.exactly(record.vm_id).state not in ENDED:
                     continue
             except VmNotFoundError:
                 pass
@@ -87,8 +95,9 @@ def _is_dead(status: VmStatus) -> bool:
 
 def _try(settings: Settings, registry: Registry, vm_id: str) -> bool:
     try:
-        with StartLock.take(settings, vm_id, cleaning=True):
-            return _settle(settings, registry, vm_id)
+        place = _place(settings, registry, vm_id)
+        with StartLock.take(place, vm_id, cleaning=True):
+            return _settle(place, registry, vm_id)
     except (VmAlreadyStartingError, VmNotFoundError):
         return False  # somebody is at it; or it is no VM's directory
     except (VmError, OSError) as error:
@@ -96,11 +105,21 @@ def _try(settings: Settings, registry: Registry, vm_id: str) -> bool:
         return False
 
 
+def _place(settings: Settings, registry: Registry, vm_id: str) -> Settings:
+    """Settings that lead to this VM's start lock and socket, which another runtime_dir may have."""
+    if registry.exists:
+        with suppress(VmNotFoundError):
+            place = where_it_lives(registry.exactly(vm_id), settings)
+            if place.runtime_dir.is_dir():  # else there is no lock that anybody could hold
+                return place
+    return settings
+
+
 def _settle(settings: Settings, registry: Registry, vm_id: str) -> bool:
     """With the start lock in hand: look again, end what is left, say so on record."""
     record = None
     with suppress(VmNotFoundError):
-        record = registry.get(vm_id) if registry.exists else None
+        record = registry.exactly(vm_id) if registry.exists else None
     dead = record is not None and _is_dead(status_of(record))
     if record is not None and not dead and record.state not in ENDED:
         return False  # it was started meanwhile
@@ -143,6 +162,9 @@ def _end_qemus(settings: Settings, vm_id: str, record: VmRecord | None) -> bool:
     if record is not None and status_of(record).qemu_alive and record.qemu is not None:
         if _is_qemu(settings, record.qemu.pid):
             left.add(record.qemu)
+        elif not processes.arguments(record.qemu.pid):  # it is about to end: let it
+            if not processes.wait_ended(record.qemu):
+                return False
         else:
             _warn("pid %d of %s is no QEMU: left alone", record.qemu.pid, vm_id)
     killed = [_kill(qemu, vm_id) for qemu in left]  # all of them, whatever becomes of the first
@@ -176,7 +198,8 @@ def _directories(settings: Settings) -> set[str]:
 
 def _is_old(directory: Path) -> bool:
     try:
-        return time.time() - directory.stat().st_mtime > running.YOUNG
+        # The clock may have been set back since
+        return abs(time.time() - directory.stat().st_mtime) > running.YOUNG
     except OSError:
         return False
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import builtins
 import os
+import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -38,6 +39,7 @@ KEPT_ROWS = 200
 """How many VMs that ended and were not to be kept stay on record."""
 
 _T = TypeVar("_T")
+_ID = re.compile(r"vm-[0-9a-f]{8}")
 _NOT_ENDED = f"state NOT IN ({', '.join(repr(str(state)) for state in sorted(ENDED))})"
 
 
@@ -145,6 +147,24 @@ def new_record(**fields: Any) -> VmRecord:
     return VmRecord(**{**known, **fields})
 
 
+class _Place(msgspec.Struct):
+    runtime_dir: str = ""
+    semaphore_file: str = ""
+
+
+def where_it_lives(record: VmRecord, settings: Settings) -> Settings:
+    """The settings, with the VM's own place for sockets and start locks, and its slots' file.
+
+    Who looks at a VM may have others: a cron job has no XDG_RUNTIME_DIR.
+    """
+    try:
+        place = msgspec.json.decode(record.settings or b"{}", type=_Place)
+    except msgspec.DecodeError:
+        return settings
+    changes = {name: Path(path) for name, path in msgspec.structs.asdict(place).items() if path}
+    return msgspec.structs.replace(settings, **changes) if changes else settings
+
+
 def vms_dir(settings: Settings) -> Path:
     """Where the directories of this record's VMs lie: other records may share ``runtime_dir``."""
     return settings.runtime_dir / f"vms-{processes.tag_of(settings.database_file)}"
@@ -246,6 +266,8 @@ class Registry:
         rows = {record.vm_id: record for record in self._rows("")}
         if found := rows.get(vm):
             return found
+        if _ID.fullmatch(vm):  # a name does not stand in for the id of a VM that is gone
+            raise _not_found(vm, list(rows.values()))
         named = [record for record in rows.values() if vm and record.name == vm]
         begin = [
             record
@@ -256,9 +278,19 @@ class Registry:
             return found
         raise _not_found(vm, begin or list(rows.values()), several=len(begin))
 
+    def exactly(self, vm_id: str) -> VmRecord:
+        """The VM with this id; no name will do.  Raises VmNotFoundError."""
+        if self.exists:
+            found = self._read(lambda connection: _read(connection, vm_id))
+        else:
+            found = next((record for record in self._rows("") if record.vm_id == vm_id), None)
+        if found is None:
+            raise _not_found(vm_id, [])
+        return found
+
     def status(self, vm_id: str) -> VmStatus:
         """What is on record of this VM, and what lives of it.  Raises VmNotFoundError."""
-        return status_of(self.get(vm_id))
+        return status_of(self.exactly(vm_id))
 
     def change(self, vm_id: str, changes: Callable[[VmRecord], dict[str, Any]]) -> VmRecord:
         """`update` by what ``changes`` makes of the row as it is, nobody else's change between.
@@ -266,12 +298,12 @@ class Registry:
         Raises VmNotFoundError, VmStateError, and what ``changes`` raises.
         """
         while True:
-            record = self.get(vm_id)
+            record = self.exactly(vm_id)
             new = changes(record)
             try:
                 return self.update(vm_id, expected=record, **new)
             except VmStateError:
-                if self.get(vm_id) == record:  # not because of somebody else's change
+                if self.exactly(vm_id) == record:  # not because of somebody else's change
                     raise
 
     def list(self, *, ended: bool = False) -> builtins.list[VmStatus]:
@@ -286,15 +318,18 @@ class Registry:
             )
 
     def forget_old(self, keep: int = KEPT_ROWS) -> None:
-        """Forget all but the newest of those that ended and were not to be kept."""
-        old = f"NOT kept AND NOT ({_NOT_ENDED})"
-        question = f"SELECT vm_id FROM vms WHERE {old} ORDER BY ended DESC LIMIT -1 OFFSET ?"  # noqa: S608
-        if not self.exists or not self._read(
-            lambda connection: connection.execute(question, (keep,)).fetchone()
-        ):
-            return
-        command = f"DELETE FROM vms WHERE vm_id IN ({question})"  # noqa: S608
-        self._write(lambda connection: connection.execute(command, (keep,)))
+        """Forget all but the newest of those that ended and were not to be kept.
+
+        What is among the newest by the order of rows stays as well: after a step of the clock, the
+        VMs that ended last may seem to have ended first.
+        """
+        old = f"SELECT vm_id FROM vms WHERE NOT kept AND NOT ({_NOT_ENDED}) ORDER BY"  # noqa: S608
+        beyond = [f"({old} {order} DESC LIMIT -1 OFFSET :keep)" for order in ("ended", "rowid")]
+        which = " AND ".join(f"vm_id IN {found}" for found in beyond)
+        question, command = f"SELECT 1 FROM vms WHERE {which}", f"DELETE FROM vms WHERE {which}"  # noqa: S608
+        values = {"keep": keep}
+        if self.exists and self._read(lambda known: known.execute(question, values).fetchone()):
+            self._write(lambda known: known.execute(command, values))
 
     def _rows(self, condition: str) -> builtins.list[VmRecord]:
         if not self.exists:

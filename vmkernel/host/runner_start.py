@@ -68,7 +68,7 @@ async def start_vm(
     meanwhile), VmCapacityError, and what a start may fail of (``host.start``).
     """
     vm_id = record.vm_id
-    with StartLock.take(settings, vm_id) as lock:
+    with await StartLock.take_beside(settings, vm_id) as lock:
         await _make_startable(registry, settings, vm_id)
         # Lock and slot are closed at the end of this; by then the runner has its own
         with await _slot_while_wanted(registry, vm_id, take_slot) as slot:

@@ -383,10 +383,12 @@ def prune_logs(settings: Settings) -> None:
         found = [path for path in (settings.state_dir / "logs").iterdir() if path.name not in live]
     except OSError:
         return
-    found.sort(key=_age)
-    young = time.time_ns() - _YOUNG  # a start may be ahead of its record
+    now = time.time_ns()
+    # What is of the future was made before the clock was set back
+    ages = {path: changed if (changed := _changed(path)) <= now else 0 for path in found}
+    found.sort(key=ages.__getitem__)
     for path in found[:-KEPT_LOGS]:
-        if _age(path) < young:
+        if ages[path] < now - _YOUNG:  # a start may be ahead of its record
             remove_tree(path)
 
 
@@ -395,7 +397,7 @@ def remove_logs(settings: Settings, vm_id: str) -> None:
     remove_tree(log_dir(settings, vm_id))
 
 
-def _age(path: Path) -> int:
+def _changed(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns
     except OSError:  # another process removed it

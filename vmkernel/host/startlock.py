@@ -55,30 +55,48 @@ class StartLock:
         Does not wait, except for a clean-up (``cleaning``) of the same VM, for 2 seconds at most.
         Raises VmError when the file cannot be used, VmNotFoundError for what is no VM's id.
         """
+        deadline = time.monotonic() + (0 if cleaning else _CLEANED_WITHIN)
+        while (lock := cls._attempt(settings, vm_id, cleaning, deadline)) is None:
+            time.sleep(_POLL)
+        return lock
+
+    @classmethod
+    async def take_beside(cls, settings: Settings, vm_id: str) -> StartLock:
+        """As `take`, while an event loop goes on."""
+        import asyncio
+
+        deadline = time.monotonic() + _CLEANED_WITHIN
+        while (lock := cls._attempt(settings, vm_id, False, deadline)) is None:
+            await asyncio.sleep(_POLL)
+        return lock
+
+    @classmethod
+    def _attempt(
+        cls, settings: Settings, vm_id: str, cleaning: bool, deadline: float
+    ) -> StartLock | None:
+        """The lock; None when it is worth while to try again at once."""
         number = _number(vm_id)
         path = _path(settings)
-        deadline = time.monotonic() + _CLEANED_WITHIN
-        while True:
-            descriptor = _open(path)
-            try:
-                if try_lock(descriptor, number):
-                    if _is_at(descriptor, path):
-                        lock, descriptor = cls(vm_id, descriptor, number), -1  # it is the lock's
-                        lock._mark()
-                        if cleaning:
-                            try_lock(lock.fd, _CLEANING + number)
-                        return lock
-                    continue  # somebody removed the file: the lock is on nothing
-                holder = _holder(descriptor, number)
-                tidied = find_lock(descriptor, _CLEANING + number, _CLEANING + number + 1)
-            except OSError as error:
-                raise _unusable(path, error) from error
-            finally:
-                if descriptor >= 0:
-                    os.close(descriptor)
-            if cleaning or tidied is None or time.monotonic() > deadline:
-                raise _taken(vm_id, holder)
-            time.sleep(_POLL)
+        descriptor = _open(path)
+        try:
+            if try_lock(descriptor, number):
+                if not _is_at(descriptor, path):
+                    return None  # somebody removed the file: the lock is on nothing
+                lock, descriptor = cls(vm_id, descriptor, number), -1  # it is the lock's
+                lock._mark()
+                if cleaning:
+                    try_lock(lock.fd, _CLEANING + number)
+                return lock
+            holder = _holder(descriptor, number)
+            tidied = find_lock(descriptor, _CLEANING + number, _CLEANING + number + 1)
+        except OSError as error:
+            raise _unusable(path, error) from error
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+        if tidied is None or time.monotonic() > deadline:
+            raise _taken(vm_id, holder)
+        return None
 
     @classmethod
     def inherited(cls, vm_id: str, descriptor: int) -> StartLock:
