@@ -77,9 +77,9 @@ class RunnerProcess:
             os.close(self._pidfd)
             self._ended.set_result(self._process.wait())
 
-    def on_end(self, callback: Callable[[], None]) -> None:
-        """Call it when the process has ended, or is none of ours any more."""
-        self._ended.add_done_callback(lambda _: callback())
+    def on_end(self, callback: Callable[[int], None]) -> None:
+        """Call it when the process has ended, with its exit status as of `wait`."""
+        self._ended.add_done_callback(lambda ended: callback(ended.result()))
 
     async def wait(self) -> int:
         """Until it has ended; its exit status, or minus the signal's number."""
@@ -91,11 +91,12 @@ class RunnerProcess:
 
     def forget(self) -> None:
         """It lives on without us; only its zombie will be ours."""
-        if not self._ended.done():
+        if not (self._ended.done() or self._forgotten):
             self._forgotten = True
             self._process.returncode = 0  # else subprocess warns of a child that is left running
-            self._ended.set_result(0)
             _forgotten.append(self)
+            if not self._loop.is_closed():
+                self._ended.set_result(0)
 
     def _reap(self) -> None:
         _forgotten.remove(self)
@@ -110,7 +111,7 @@ class RunnerProcess:
 
     def kill(self) -> None:
         """SIGKILL, if it has not ended and is ours; QEMU dies with it."""
-        if not self._ended.done():
+        if not (self._ended.done() or self._forgotten):
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
@@ -243,7 +244,10 @@ class Connection:
     @property
     def usable(self) -> bool:
         """Whether this is the event loop that the connection was made in: it works in no other."""
-        return self._loop is asyncio.get_running_loop()
+        try:
+            return self._loop is asyncio.get_running_loop()
+        except RuntimeError:  # there is none
+            return False
 
     async def call(
         self,

@@ -19,7 +19,7 @@ import msgspec
 from vmkernel.errors import VmError, VmExpiredError, VmTimeoutError
 from vmkernel.host import files, wire
 from vmkernel.host.client import RunnerSilentError
-from vmkernel.host.processes import kill
+from vmkernel.host.processes import is_alive, kill
 from vmkernel.models import Output, RunError, RunResult, VmState
 from vmkernel.protocol import frames, messages
 
@@ -61,6 +61,8 @@ class VmHandle:
         """The way to its runner."""
         self._slots = slots
         self._max_output = max_output << 20
+        self._stays = False
+        """It was let go of, and goes on without us."""
 
     def __repr__(self) -> str:
         return f"<VmHandle {self.vm_id} {self.state}>"
@@ -79,6 +81,8 @@ class VmHandle:
     def state(self) -> VmState:
         """RUNNING, STOPPED or FAILED, as this handle knows it."""
         ended = self.connection.ended
+        if (self._stays or not self.connection.usable) and is_alive(self.record.runner):
+            return VmState.RUNNING  # nobody would have told us otherwise
         if not ended.done():
             return VmState.RUNNING if self.connection.connected else VmState.FAILED
         as_wished = ended.result() is None or isinstance(ended.result(), VmExpiredError)
@@ -236,6 +240,8 @@ class VmHandle:
 
     async def close(self) -> None:
         """Let go of the VM.  One that this process created, and that is not kept, ends."""
+        if not self.connection.ended.done():
+            self._stays = self.record.kept or self.runner is None
         self.connection.close()
 
     async def _exchange(

@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from vmkernel.errors import SettingsError, VmError, VmGuestError, VmNotFoundError, VmStateError
-from vmkernel.host import runner_start
+from vmkernel.host import names, runner_start
 from vmkernel.host.client import Connection
 from vmkernel.host.ending import end_vm
 from vmkernel.host.handle import VmHandle
 from vmkernel.host.processes import identify_self
-from vmkernel.host.registry import Registry, VmRecord, VmStatus, vm_dir
+from vmkernel.host.registry import Registry, VmRecord, VmStatus, vm_dir, where_it_lives
 from vmkernel.host.runner_start import STOP_SECONDS, OnProgress, TakeSlot, as_runner, to_its_end
 from vmkernel.host.start import log_dir, remove_logs, settings_for_recipe, shared_slots
 from vmkernel.models import ENDED, Language, VmState
@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from vmkernel.host.capacity import QueuePosition, Slot, Statistics
 
 _DEFAULT_MEMORY = Settings.__struct_defaults__[Settings.__struct_fields__.index("memory")]
-_DESCRIBING = ("name", "tenant_id", "task_id")
-"""What `VmManager.update_vm` changes besides settings."""
 
 
 class Unset:
@@ -74,7 +72,11 @@ class VmManager:
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"<VmManager {len(self._created)} VMs of its own, {self.capacity()}>"
+        try:
+            capacity = str(self.capacity())
+        except VmError as error:
+            capacity = error.message
+        return f"<VmManager {len(self._created)} VMs of its own, {capacity}>"
 
     async def __aenter__(self) -> Self:
         return self
@@ -236,7 +238,17 @@ class VmManager:
         finally:
             self._starting.discard(starting)
         self._created[record.vm_id] = handle
+        if handle.runner is not None:
+            handle.runner.on_end(lambda status: self._forget(handle, status))
         return handle
+
+    def _forget(self, handle: VmHandle, status: int) -> None:
+        """A VM of ours has ended by itself: it stays on record, like others that ended so.
+
+        Not so when its runner was killed: what that left is cleared away at our end at the latest.
+        """
+        if status == 0 and self._created.get(handle.vm_id) is handle:
+            del self._created[handle.vm_id]
 
     # --- ends ---
 
@@ -248,7 +260,7 @@ class VmManager:
         ended already is left as it is.  One that does not end within ``timeout`` seconds is killed,
         with its runner.  Raises VmNotFoundError, RegistryError.
         """
-        record = await asyncio.to_thread(self._registry.get, _id_of(vm))
+        record = await self._find(vm)
         handle = self._created.pop(record.vm_id, vm if isinstance(vm, VmHandle) else None)
         await to_its_end(end_vm(self._registry, self.settings, record.vm_id, handle, timeout))
 
@@ -258,7 +270,7 @@ class VmManager:
         Raises VmNotFoundError for an id that is not on record, RegistryError.
         """
         try:
-            record = await asyncio.to_thread(self._registry.get, _id_of(vm))
+            record = await self._find(vm)
         except VmNotFoundError:
             if isinstance(vm, VmHandle):
                 return
@@ -311,7 +323,7 @@ class VmManager:
                 f"{record.vm_id}'s runner, pid {record.runner_pid}, cannot be reached: {error}",
                 hint="is it about to end? See `vmkernel ps`",
             ) from error
-        slots = shared_slots(self.settings)
+        slots = shared_slots(where_it_lives(record, self.settings))
         return VmHandle(record, connection, slots, self.settings.max_output)
 
     async def list_vms(self, *, ended: bool = False) -> list[VmStatus]:
@@ -324,8 +336,9 @@ class VmManager:
         Raises VmNotFoundError, VmStateError (it runs, or the name is taken), SettingsError.
         """
         record = await asyncio.to_thread(self._registry.get, vm)
-        plain = {name: value for name, value in changes.items() if name in _DESCRIBING}
-        settings = {name: value for name, value in changes.items() if name not in _DESCRIBING}
+        plain = {name: value for name, value in changes.items() if name in names.MOST}
+        settings = {name: value for name, value in changes.items() if name not in names.MOST}
+        names.check_words(plain)
         _check_names(settings)
 
         def change(record: VmRecord) -> dict[str, Any]:
@@ -354,6 +367,12 @@ class VmManager:
 
     # --- odds and ends ---
 
+    async def _find(self, vm: str | VmHandle) -> VmRecord:
+        """By an id, its beginning or a name; a handle's VM is the one with that very id."""
+        if isinstance(vm, str):
+            return await asyncio.to_thread(self._registry.get, vm)
+        return await asyncio.to_thread(self._registry.exactly, vm.vm_id)
+
     async def _new_record(
         self,
         settings: Settings,
@@ -364,6 +383,7 @@ class VmManager:
     ) -> VmRecord:
         from vmkernel.image.store import find_image
 
+        names.check_words({"name": name, "tenant_id": tenant_id, "task_id": task_id})
         fields = {
             "name": name,
             "tenant_id": tenant_id,
@@ -442,7 +462,3 @@ def _check_names(changes: Mapping[str, Any]) -> None:
 
 def _encode(settings: Settings) -> str:
     return msgspec.json.encode(dump_settings(settings)).decode()
-
-
-def _id_of(vm: str | VmHandle) -> str:
-    return vm if isinstance(vm, str) else vm.vm_id

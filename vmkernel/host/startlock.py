@@ -66,7 +66,7 @@ class StartLock:
         import asyncio
 
         deadline = time.monotonic() + _CLEANED_WITHIN
-        while (lock := cls._attempt(settings, vm_id, False, deadline)) is None:
+        while (lock := cls._attempt(settings, vm_id, False, deadline)) is None:  # noqa: ASYNC110
             await asyncio.sleep(_POLL)
         return lock
 
