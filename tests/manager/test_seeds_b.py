@@ -343,8 +343,9 @@ async def test_B5_killed_or_stopped_while_it_wakes(
     monkeypatch.setattr(runner_start, "SILENCE", 3.0)  # of a runner, else half a minute
     async with nothing_lost(host, host.settings(VMKERNEL_START_TIMEOUT="3")) as manager:
         creating = asyncio.create_task(manager.create_vm())
-        await until(host.qemus)
-        (qemu,) = host.qemus()
+        qemus: list[int] = []  # of one look: a process that becomes another is unseen for a moment
+        await until(lambda: qemus.extend(host.qemus()) or qemus)
+        qemu = qemus[0]
         victim = qemu if whom == "qemu" else psutil.Process(qemu).ppid()
         os.kill(victim, how)
         with pytest.raises(VmError) as caught:

@@ -87,6 +87,7 @@ class Keeper(Generic[V]):
         self.pool: Pool[_Start[V]] = Pool(size, max_idle)
         self.last_error: VmError | None = None
         """Why the newest start failed; None when it went well."""
+        self._failures = 0
         self._host = host
         self._hopes: dict[Hope[V], None] = {}  # in order of arrival
         self._tasks: set[asyncio.Task[None]] = set()
@@ -137,8 +138,14 @@ class Keeper(Generic[V]):
         return None if hope.member.cancel() or hope.member.cancelled() else hope.member.result()
 
     async def wait_full(self) -> None:
-        """Until as many members are ready as the pool is to have."""
+        """Until as many members are ready as the pool is to have.
+
+        Raises the VmError of a start that fails meanwhile (there will be others).
+        """
+        failures = self._failures
         while self.pool.count(Place.IDLE) < self.pool.size:
+            if self._failures != failures and self.last_error is not None:
+                raise self.last_error
             self._changed.clear()
             await self._changed.wait()
 
@@ -203,6 +210,7 @@ class Keeper(Generic[V]):
             vm = member.vm = await self._host.start()
         except VmError as error:
             self.last_error = error
+            self._failures += 1
             _log.warning("the warm pool could not start a VM: %s", error)
             self.pool.failed(member, loop.time())
             return

@@ -111,6 +111,7 @@ async def start_vm(
             connection.close()
         await to_its_end(see_off(runner))
         if isinstance(error, VmError):
+            error.code_ran = "no"  # there was nothing yet that could run any
             error.log_path = error.log_path or runner.log_path
             await _mark_failed(registry, vm_id, error)
         raise
@@ -183,7 +184,8 @@ async def _follow(
                 )
         await answering
     except VmGuestError as error:
-        if connection.ended.done() and connection.ended.result() is error:
+        # Each who asks is given an error of his own; it is the connection's loss by its words
+        if connection.ended.done() and str(connection.ended.result()) == str(error):
             status = await runner.wait()
             if status == -signal.SIGTERM:
                 raise VmStateError(

@@ -163,7 +163,10 @@ class Scheduler:
             raise _closed("was closed meanwhile") from None
 
     async def wait_warm(self) -> None:
-        """Return when the warm pool is full; at once, if none is to be kept."""
+        """Return when the warm pool is full; at once, if none is to be kept.
+
+        Raises VmError when a member cannot be started; the pool goes on trying.
+        """
         if self._keeper is not None:
             await self._keeper.wait_full()
 
