@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from fakes import DEAD, Processes, identity, python, together
 from vmkernel.errors import RegistryError
-from vmkernel.host import processes, reaper, running
+from vmkernel.host import processes, reaper, running, start
 from vmkernel.host.processes import ProcessIdentity
 from vmkernel.host.registry import Registry, VmRecord, vm_dir, vms_dir
 from vmkernel.host.startlock import StartLock
@@ -177,6 +178,26 @@ def test_a_sweep_never_kills_what_is_no_qemu(
         assert reaper.sweep(settings) == [vm.vm_id]
     assert processes.is_alive(editor)
     assert f"pid {editor.pid}" in caplog.text
+
+
+def test_a_qemu_that_is_about_to_end_is_let_end(
+    settings: Settings,
+    record: Registry,
+    children: Processes,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    child = children.start("anything")
+    vm = add(record, settings, qemu=identity(child))
+    known = processes.arguments
+    # Between the release of its memory and its end a process has no command line
+    monkeypatch.setattr(processes, "arguments", lambda pid: [] if pid == child.pid else known(pid))
+    end = threading.Timer(0.3, child.kill)
+    end.start()
+    assert reaper.sweep(settings) == [vm.vm_id]
+    end.join()
+    assert record.get(vm.vm_id).state is VmState.FAILED
+    assert caplog.text == ""
 
 
 def test_a_qemu_of_another_name_is_known_by_the_setting(
@@ -377,6 +398,18 @@ def test_its_slot_is_told_by_the_semaphore_file(settings: Settings, children: Pr
     other.release()
     assert running.find_running(settings)[0].slot is None
     os.close(pidfd)
+
+
+def test_the_oldest_logs_go_first_though_the_clock_was_set_back(settings: Settings) -> None:
+    logs = settings.state_dir / "logs"
+    for number in range(start.KEPT_LOGS + 5):
+        path = logs / f"vm-{number:08x}"
+        path.mkdir(parents=True)
+        future = 3600 if number < 5 else -3600 + number
+        os.utime(path, (time.time() + future,) * 2)
+    start.prune_logs(settings)
+    left = sorted(int(path.name[3:], 16) for path in logs.iterdir())
+    assert left == list(range(5, start.KEPT_LOGS + 5))
 
 
 # --- many at once ---

@@ -229,6 +229,24 @@ def test_old_ends_are_forgotten_and_what_is_kept_is_not(record: Registry) -> Non
     assert ids(record, ended=True) == [live.vm_id, kept.vm_id, *gone[-3:]]
 
 
+def test_what_ended_last_stays_though_the_clock_was_set_back(record: Registry) -> None:
+    before = [record.new(state=VmState.STOPPED, ended=1000.0 + n).vm_id for n in range(5)]
+    after = [record.new(state=VmState.STOPPED, ended=float(n)).vm_id for n in range(5)]
+    record.forget_old(keep=3)
+    assert ids(record, ended=True) == [*before[-3:], *after[-3:]]
+
+
+def test_an_id_is_looked_up_as_such(record: Registry) -> None:
+    vm = record.new(name="vm-00000000")  # as an older version would have let it be
+    assert record.exactly(vm.vm_id) == vm
+    for look in (record.get, record.exactly, record.status):
+        with pytest.raises(VmNotFoundError):
+            look("vm-00000000")
+    with pytest.raises(VmNotFoundError):
+        record.exactly(vm.vm_id[:-1])
+    assert record.get(vm.vm_id[:-1]) == vm
+
+
 def test_an_unknown_field_is_refused(record: Registry) -> None:
     vm = record.new()
     with pytest.raises(TypeError):

@@ -222,6 +222,9 @@ class Runner:
             )
             await start.close(keep_logs=True, cause=failure.message)
             raise failure from error
+        except BaseException:  # given up at the last moment: nobody else would clear up
+            await start.close(cause="its start was given up")
+            raise
 
     async def _outcome(
         self, start: Coroutine[Any, Any, None], progress: Callable[[str], None]

@@ -385,7 +385,7 @@ def prune_logs(settings: Settings) -> None:
         return
     now = time.time_ns()
     # What is of the future was made before the clock was set back
-    ages = {path: changed if (changed := _changed(path)) <= now else 0 for path in found}
+    ages = {path: changed if (changed := _changed(path)) < now + _YOUNG else 0 for path in found}
     found.sort(key=ages.__getitem__)
     for path in found[:-KEPT_LOGS]:
         if ages[path] < now - _YOUNG:  # a start may be ahead of its record
