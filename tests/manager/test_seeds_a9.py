@@ -44,7 +44,7 @@ from vmkernel import (
     VmStateError,
 )
 from vmkernel.host import processes, reaper
-from vmkernel.host.registry import Registry, vm_dir
+from vmkernel.host.registry import Registry, vm_dir, vms_dir
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
