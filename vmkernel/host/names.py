@@ -30,4 +30,7 @@ def check_words(words: Mapping[str, object]) -> None:
         else:
             continue
         shown = ascii(word) if len(ascii(word)) <= MOST[what] else f"{word!a:.40}…"
-        raise SettingsError(f"{shown} cannot be a VM's {what}: {problem}", hint="choose another")
+        raise SettingsError(
+            f"{shown} cannot be a VM's {what}: {problem}",
+            hint="choose another, or see which VMs there are: `vmkernel ps -a`",
+        )
