@@ -19,6 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -373,6 +374,39 @@ async def test_B5_cancelled_at_random_moments(host: VmHost, rounds: Callable[...
             assert await manager.list_vms() == []
     print(f"{count} creations were cancelled, {late} of them too late")
     assert late < count
+
+
+@pytest.mark.parametrize("warm", [None, 0, 1])
+async def test_B5_cancelled_in_the_very_moment_in_which_it_went_well(
+    host: VmHost, monkeypatch: pytest.MonkeyPatch, warm: int | None
+) -> None:
+    """The moment has no length: the start has its result, and its caller has not heard of it."""
+    usual = runner_start.start_vm
+    callers: list[asyncio.Task[object]] = []
+    started: list[str] = []
+
+    async def start_vm(*arguments: Any) -> VmHandle:
+        vm = await usual(*arguments)
+        if callers:
+            started.append(vm.vm_id)
+            asyncio.get_running_loop().call_soon(callers[0].cancel)
+        return vm
+
+    monkeypatch.setattr(runner_start, "start_vm", start_vm)
+    settings = config(host, max_concurrent_vms=2, warm_pool_size=warm or 0)
+    async with Scheduler(settings) as scheduler, VmManager(settings.settings) as manager:
+        await scheduler.wait_warm()
+        before = manager.capacity().used
+        if warm is None:
+            callers.append(asyncio.create_task(manager.create_vm()))
+        else:  # of another kind than the pool's members
+            callers.append(asyncio.create_task(scheduler.run("1", lifetime=500.0)))
+        await asyncio.wait(callers)
+        assert callers[0].cancelled()
+        assert len(started) == 1
+        await until(lambda: manager.capacity().used == before, 2)
+        known = [status.record.vm_id for status in await manager.list_vms(ended=True)]
+        assert started[0] not in known
 
 
 # --- B6: twice ------------------------------------------------------------------------

@@ -229,6 +229,11 @@ class VmManager:
             handle = await starting
         except asyncio.CancelledError:
             task = asyncio.current_task()
+            if starting.done() and not starting.cancelled() and starting.exception() is None:
+                # It went well in the very moment: nobody else knows of this VM
+                vm_id, late = record.vm_id, starting.result()
+                ending = end_vm(self._registry, self.settings, vm_id, late, STOP_SECONDS)
+                await to_its_end(ending)
             if self._closed and not (task and task.cancelling()):
                 raise VmStateError(
                     f"the start of {record.vm_id} was given up: its manager was closed",

@@ -244,18 +244,17 @@ class Scheduler:
             queues = text.startswith(_QUEUEING)
             request.on_progress(text)
 
-        creating = asyncio.get_running_loop().create_task(
-            self._manager.create_vm(
-                recipe=request.recipe,
-                tenant_id=request.tenant_id,
-                task_id=request.task_id,
-                timeout=timeout,
-                on_progress=progress,
-                **request.changes,
-            )
+        create = self._manager.create_vm(
+            recipe=request.recipe,
+            tenant_id=request.tenant_id,
+            task_id=request.task_id,
+            timeout=timeout,
+            on_progress=progress,
+            **request.changes,
         )
-        if keeper is None:
-            return await creating
+        if keeper is None:  # not as a task, whose result would be lost with us in its last moment
+            return await create
+        creating = asyncio.get_running_loop().create_task(create)
         member = await self._first_of(creating, keeper.hope(lambda: queues), keeper)
         return creating.result() if member is None else await self._hand_over(member, request)
 
