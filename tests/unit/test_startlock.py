@@ -58,17 +58,17 @@ from vmkernel.errors import VmAlreadyStartingError
 from vmkernel.host.startlock import StartLock
 from vmkernel.settings import Settings
 settings = Settings(runtime_dir=Path(sys.argv[1]))
-number = int(sys.argv[2])
+locks = []  # each kept to the end
 sys.stdin.readline()
-for round in range(int(sys.argv[3])):
-    time.sleep(max(0.0, float(sys.argv[4]) + 0.01 * round - time.time()))
+for round in range(int(sys.argv[2])):
+    time.sleep(max(0.0, float(sys.argv[3]) + 0.01 * round - time.time()))
     try:
-        lock = StartLock.take(settings, f"vm-{round:08x}")
-        print("won", flush=True)  # and keeps it to its end
+        locks.append(StartLock.take(settings, f"vm-{round:08x}"))
+        print("won", flush=True)
     except VmAlreadyStartingError as error:
         assert f"vm-{round:08x}" in str(error) and "pid " in str(error), error
         print("lost", flush=True)
-time.sleep(0.2)
+sys.stdin.read()
 """
 
 
@@ -76,8 +76,14 @@ def test_A4_of_sixteen_processes_one_wins_each_time(settings: Settings, rounds: 
     assert callable(rounds)
     count = rounds(quick=30, full=100)
     begin = str(time.time() + 3)
-    racers = [python(RACE, str(settings.runtime_dir), str(n), str(count), begin) for n in range(16)]
-    results = [output.split() for output in together(racers)]
+    racers = [python(RACE, str(settings.runtime_dir), str(count), begin) for _ in range(16)]
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    results = [[str(racer.stdout and racer.stdout.readline()).strip() for _ in range(count)]
+               for racer in racers]  # fmt: skip
+    together(racers)  # and only now do they end, and their locks
     assert [sum(each[n] == "won" for each in results) for n in range(count)] == [1] * count
     winners = [next(i for i, each in enumerate(results) if each[n] == "won") for n in range(count)]
     print(f"{count} rounds, {len(set(winners))} different winners of 16")

@@ -22,12 +22,14 @@ _FLOCK = struct.Struct("hhqqi0q")
 _SEEK_SET = 0
 
 
-def try_lock(descriptor: int, byte: int) -> bool:
-    """Lock ``byte`` for this open file description, without waiting; False when another has it.
+def try_lock(descriptor: int, byte: int, count: int = 1) -> bool:
+    """Lock ``count`` bytes from ``byte`` on, all or none, for this open file description.
+
+    Does not wait: False when another has one of them.
 
     The descriptor must be open for writing. Raises OSError for anything but "taken".
     """
-    request = _FLOCK.pack(fcntl.F_WRLCK, _SEEK_SET, byte, 1, 0)
+    request = _FLOCK.pack(fcntl.F_WRLCK, _SEEK_SET, byte, count, 0)
     try:
         fcntl.fcntl(descriptor, _SETLK, request)
     except OSError as error:

@@ -1,17 +1,13 @@
 """The lock on the start of one VM: of all who would start it, one does.
 
-Floor 4, over ``host.locks``.  One file for all VMs, ``<runtime_dir>/starts``, and one byte of it
-for each: the VM's number, which is its id.  So there is no lock file per VM, which nobody could
-ever unlink safely.  An open-file-description lock: it goes over to a runner that inherits the
+Floor 4, over ``host.locks``.  One file for all VMs, ``<runtime_dir>/starts``, and a stretch of its
+bytes for each: the VM's number is its id.  So there is no lock file per VM, which nobody could ever
+unlink safely.  It is an open-file-description lock: it goes over to a runner that inherits the
 descriptor, and is gone with the last process that has it, however that ends.
 
-====================  =========================================================================
-byte                  locked while
-====================  =========================================================================
-n                     VM n is being started, or cleaned up
-_HOLDERS + n,pid      the same, by process pid: who can be named (the lock itself names nobody)
-_CLEANING + n         it is being cleaned up after its runner's death: a matter of milliseconds
-====================  =========================================================================
+Such a lock names nobody; its length does.  Process p locks the stretch's first p + 1 bytes, which
+nobody else can do then; who cleans up after the VM's last life, 2**22 more.  So all there is to
+know of a holder is known at the instant of the taking.
 """
 
 from __future__ import annotations
@@ -30,10 +26,9 @@ if TYPE_CHECKING:
 
     from vmkernel.settings import Settings
 
-_HOLDERS = 1 << 60
-_CLEANING = 1 << 61
 _DIGITS = set("0123456789abcdef")
-_PID_BITS = 22  # Linux: PID_MAX_LIMIT is 2**22 on 64-bit machines, proc(5)
+_CLEANING = 1 << 22  # Linux: PID_MAX_LIMIT is 2**22 on 64-bit machines, proc(5)
+_STRETCH = 2 * _CLEANING
 _CLEANED_WITHIN = 2.0
 """Seconds that a start waits for the clean-up after the VM's last life."""
 _POLL = 0.005
@@ -42,11 +37,10 @@ _POLL = 0.005
 class StartLock:
     """One VM's start lock, held by this object's descriptor ``fd`` and whoever inherited it."""
 
-    def __init__(self, vm_id: str, descriptor: int, number: int) -> None:
+    def __init__(self, vm_id: str, descriptor: int) -> None:
         """Not to be called from outside: see `take` and `inherited`."""
         self.vm_id = vm_id
         self._descriptor = descriptor
-        self._number = number
 
     @classmethod
     def take(cls, settings: Settings, vm_id: str, *, cleaning: bool = False) -> StartLock:
@@ -79,32 +73,30 @@ class StartLock:
         path = _path(settings)
         descriptor = _open(path)
         try:
-            if try_lock(descriptor, number):
+            length = os.getpid() + 1 + (_CLEANING if cleaning else 0)
+            if try_lock(descriptor, number * _STRETCH, length):
                 if not _is_at(descriptor, path):
                     return None  # somebody removed the file: the lock is on nothing
-                lock, descriptor = cls(vm_id, descriptor, number), -1  # it is the lock's
-                lock._mark()
-                if cleaning:
-                    try_lock(lock.fd, _CLEANING + number)
+                lock, descriptor = cls(vm_id, descriptor), -1  # it is the lock's
                 return lock
-            holder = _holder(descriptor, number)
-            tidied = find_lock(descriptor, _CLEANING + number, _CLEANING + number + 1)
+            holder, tidies = _holder(descriptor, number)
         except OSError as error:
             raise _unusable(path, error) from error
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
-        if tidied is None or time.monotonic() > deadline:
-            raise _taken(vm_id, holder)
-        return None
+        if time.monotonic() <= deadline and (tidies or holder is None):
+            return None  # None: it was let go in between
+        raise _taken(vm_id, holder)
 
     @classmethod
     def inherited(cls, vm_id: str, descriptor: int) -> StartLock:
         """The lock that came by inheritance; from now on this process is the one that is named."""
-        lock = cls(vm_id, descriptor, _number(vm_id))
         os.set_inheritable(descriptor, False)  # a sibling that had it would hold it for ever
-        lock._mark()
-        return lock
+        first, length = _number(vm_id) * _STRETCH, os.getpid() + 1
+        try_lock(descriptor, first, length)  # longer or shorter than it was, never free between
+        unlock(descriptor, first + length, _STRETCH - length)
+        return cls(vm_id, descriptor)
 
     @staticmethod
     def holder(settings: Settings, vm_id: str) -> int | None:
@@ -114,7 +106,7 @@ class StartLock:
         except OSError:
             return None
         try:
-            return _holder(descriptor, _number(vm_id))
+            return _holder(descriptor, _number(vm_id))[0]
         finally:
             os.close(descriptor)
 
@@ -131,12 +123,6 @@ class StartLock:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
-
-    def _mark(self) -> None:
-        """Say that it is this process that holds it."""
-        first = _holders(self._number)
-        unlock(self._descriptor, first, 1 << _PID_BITS)
-        try_lock(self._descriptor, first + os.getpid())
 
     def __enter__(self) -> StartLock:
         return self
@@ -162,10 +148,6 @@ def _number(vm_id: str) -> int:
     )
 
 
-def _holders(number: int) -> int:
-    return _HOLDERS + (number << _PID_BITS)
-
-
 def _path(settings: Settings) -> Path:
     return settings.runtime_dir / "starts"
 
@@ -185,21 +167,19 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _holder(descriptor: int, number: int) -> int | None:
-    """Its pid; 0 when it has not said yet who it is; None when nobody has the lock."""
-    first = _holders(number)
-    for _ in range(10):
-        if find_lock(descriptor, number, number + 1) is None:
-            return None
-        if lock := find_lock(descriptor, first, first + (1 << _PID_BITS)):
-            return lock[0] - first
-        time.sleep(0.001)  # it takes the two one after the other
-    return 0
+def _holder(descriptor: int, number: int) -> tuple[int | None, bool]:
+    """The holder's pid, None when there is none, and whether it cleans up."""
+    first = number * _STRETCH
+    lock = find_lock(descriptor, first, first + _STRETCH)
+    if lock is None:
+        return None, False
+    length = lock[1] - first - 1
+    return length % _CLEANING, length >= _CLEANING
 
 
 def _taken(vm_id: str, holder: int | None) -> VmAlreadyStartingError:
-    who = "another process"
-    if holder:
+    who = "others, one after the other"
+    if holder is not None:
         name = processes.describe(holder)
         who = f"pid {holder}" + (f" ({name})" if name else "")
     return VmAlreadyStartingError(
