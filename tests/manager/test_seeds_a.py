@@ -42,7 +42,7 @@ from vmkernel import (
     VmState,
 )
 from vmkernel.host import processes, reaper
-from vmkernel.host.registry import Registry
+from vmkernel.host.registry import Registry, vms_dir
 from vmkernel.host.startlock import StartLock
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
@@ -230,7 +230,7 @@ async def test_A2_steps_4_to_8(
 ) -> None:
     """Each step of the runner has its own error, and leaves nothing."""
     changes: dict[str, Any] = {}
-    logs, vms = host.state_dir / "logs", host.runtime_dir / "vms"
+    logs, vms = host.state_dir / "logs", vms_dir(host.settings())
     if step == "the runner starts":
         logs.touch()  # a file where its log's directory belongs
     elif step == "QEMU starts":

@@ -335,7 +335,7 @@ async def test_A10_a_busy_life_leaves_no_lock_socket_process_or_file(
     with contextlib.closing(sqlite3.connect(settings.database_file)) as database:
         assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     with socket.socket(socket.AF_UNIX) as probe, pytest.raises(OSError, match=r"."):
-        probe.connect(str(settings.runtime_dir / "vms" / vms[2].vm_id / "control.sock"))
+        probe.connect(str(vm_dir(settings, vms[2].vm_id) / "control.sock"))
 
 
 # --- B9 ---
