@@ -9,6 +9,7 @@ With ``CI=true`` a missing prerequisite is a failure, otherwise a skip.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -144,6 +145,24 @@ def _image(recipe: str) -> str:
 def minimal_image() -> str:
     """The name of the small image, which is there."""
     return _image("minimal")
+
+
+@pytest.fixture(scope="session")
+def template(minimal_image: str, session_dir: Path) -> str:
+    """The name of the small image, of which there is a template, too.
+
+    Building one has tests of its own.
+    """
+    from vmhost import RunningVm, VmHost
+
+    async def start_one(host: VmHost) -> None:
+        async with RunningVm(host.settings()):
+            pass
+
+    host = VmHost(session_dir)
+    asyncio.run(start_one(host))
+    host.share_facts()
+    return minimal_image
 
 
 @pytest.fixture(scope="session")

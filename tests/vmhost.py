@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -287,4 +287,13 @@ def seconds_until(condition: object, limit: float) -> float:
         if time.monotonic() - began > limit:
             return limit
         time.sleep(0.005)
+    return time.monotonic() - began
+
+
+async def until(condition: Callable[[], object], seconds: float = 20) -> float:
+    """How long it took until ``condition()`` held, beside the event loop; TimeoutError if never."""
+    began = time.monotonic()
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
     return time.monotonic() - began

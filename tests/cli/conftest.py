@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
@@ -13,21 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli_host import MAIN, left
-from vmhost import RunningVm, VmHost, seconds_until
-
-
-@pytest.fixture(scope="session")
-def template(minimal_image: str, session_dir: Path) -> str:
-    """The template that all VMs of these tests are cloned from; building it has tests elsewhere."""
-
-    async def start_one(host: VmHost) -> None:
-        async with RunningVm(host.settings()):
-            pass
-
-    host = VmHost(session_dir)
-    asyncio.run(start_one(host))
-    host.share_facts()
-    return minimal_image
+from vmhost import VmHost, seconds_until
 
 
 @pytest.fixture(scope="module")

@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
-from vmhost import RunningVm, VmHost, seconds_until
-
-
-@pytest.fixture(scope="session")
-def template(minimal_image: str, session_dir: Path) -> str:
-    """The template that all VMs of these tests are cloned from; building it has tests elsewhere."""
-
-    async def start_one(host: VmHost) -> None:
-        async with RunningVm(host.settings()):
-            pass
-
-    host = VmHost(session_dir)
-    asyncio.run(start_one(host))
-    host.share_facts()
-    return minimal_image
+from vmhost import VmHost, seconds_until
+from vmkernel import VmHandle, VmManager
 
 
 @pytest.fixture
@@ -34,3 +20,16 @@ def host(template: str, session_dir: Path) -> Iterator[VmHost]:
     left = host.left()
     host.clear()
     assert not left
+
+
+@pytest.fixture
+async def manager(host: VmHost) -> AsyncIterator[VmManager]:
+    """A manager on that host."""
+    async with VmManager(host.settings()) as manager:
+        yield manager
+
+
+@pytest.fixture
+async def vm(manager: VmManager) -> VmHandle:
+    """A VM of its."""
+    return await manager.create_vm(tenant_id="tenant", task_id="task-1")

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -33,17 +32,6 @@ from vmkernel import (
 )
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("template"), pytest.mark.timeout(180)]
-
-
-@pytest.fixture
-async def manager(host: VmHost) -> AsyncIterator[VmManager]:
-    async with VmManager(host.settings()) as manager:
-        yield manager
-
-
-@pytest.fixture
-async def vm(manager: VmManager) -> VmHandle:
-    return await manager.create_vm(tenant_id="tenant", task_id="task-1")
 
 
 class TestRun:

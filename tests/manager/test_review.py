@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -38,17 +37,6 @@ from vmkernel.host.startlock import StartLock
 from vmkernel.protocol import messages
 
 pytestmark = [pytest.mark.vm, pytest.mark.usefixtures("template"), pytest.mark.timeout(120)]
-
-
-@pytest.fixture
-async def manager(host: VmHost) -> AsyncIterator[VmManager]:
-    async with VmManager(host.settings()) as manager:
-        yield manager
-
-
-@pytest.fixture
-async def vm(manager: VmManager) -> VmHandle:
-    return await manager.create_vm()
 
 
 def status_line(pid: int, name: str) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from vmhost import VmHost
+from vmhost import VmHost, until
 from vmkernel import (
     Language,
     Output,
@@ -34,14 +34,6 @@ def config(host: VmHost, **more: object) -> SchedulerConfig:
     """As in the environment of this host."""
     own = {name.removeprefix("VMKERNEL_").lower(): value for name, value in host.env.items()}
     return SchedulerConfig(**{**own, **more})  # type: ignore[arg-type]
-
-
-async def until(condition: Callable[[], object], seconds: float = 20) -> float:
-    began = time.monotonic()
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
-    return time.monotonic() - began
 
 
 async def records(scheduler: Scheduler) -> list[str]:

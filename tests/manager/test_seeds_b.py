@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from prerequisites import missing
-from vmhost import Sampler, VmHost
+from vmhost import Sampler, VmHost, until
 from vmkernel import (
     Language,
     Scheduler,
@@ -52,14 +52,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def limit_two(host: VmHost) -> Settings:
     return host.settings(VMKERNEL_MAX_CONCURRENT_VMS="2")
-
-
-async def until(condition: Callable[[], object], seconds: float = 20) -> float:
-    began = time.monotonic()
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)
-    return time.monotonic() - began
 
 
 def holds(vm: VmHandle) -> bool:

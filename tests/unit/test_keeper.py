@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 
 import pytest
 
+from vmhost import until
 from vmkernel.errors import VmBootError, VmCapacityError, VmError, VmGuestError
 from vmkernel.host import keeper as keeper_module
 from vmkernel.host import pool
@@ -104,14 +105,6 @@ async def kept(host: FakeHost, size: int, max_idle: float = 600) -> AsyncIterato
         await keeper.close()
     assert keeper.pool._members == {}
     assert not keeper._tasks
-
-
-async def until(condition: Callable[[], bool], seconds: float = 10) -> float:
-    began = time.monotonic()
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.001)
-    return time.monotonic() - began
 
 
 async def full(keeper: Keeper[FakeVm]) -> None:
