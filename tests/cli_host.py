@@ -32,7 +32,7 @@ class Command:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             start_new_session=True, bufsize=1,
             # A test run under nohup ignores it, and so would the command, as it should
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # noqa: PLW1509
         )  # fmt: skip
         self.pid = self._process.pid
         assert self._process.stdin
