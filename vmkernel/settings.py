@@ -16,7 +16,7 @@ and reads the environment and the disk only when `load_settings` or `Settings` i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -354,6 +354,19 @@ def load_settings_with_sources(
     for name, value in (given or {}).items():
         take(name, value, "the program")
     return LoadedSettings(Settings(**values), sources)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """See that settings that a program names are there.
+
+    Raises:
+        SettingsError: one is not.
+    """
+    for name in names:
+        if name not in FIELDS:
+            raise SettingsError(
+                f"there is no setting {name!r}", hint=f"the settings are: {', '.join(FIELDS)}"
+            )
 
 
 def dump_settings(settings: Settings) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from vmkernel.host.capacity import Semaphore, Slot, Statistics
 from vmkernel.host.inotify import FileWatch
 from vmkernel.host.keeper import Keeper
 from vmkernel.host.pool import Place
-from vmkernel.host.runner_start import to_its_end
+from vmkernel.host.shielded import to_its_end
 
 
 class FakeVm:

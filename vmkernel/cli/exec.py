@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmkernel.cli.options import complete_vms, seconds
+from vmkernel.cli.options import code_options, complete_vms, seconds
 from vmkernel.errors import VmTimeoutError
 
 if TYPE_CHECKING:
@@ -26,13 +26,7 @@ _PATIENCE = 5.0
 @click.command("exec")
 @click.argument("vm", shell_complete=complete_vms)
 @click.argument("file", required=False, type=click.Path())
-@click.option("-c", "code", metavar="CODE", help="The code itself, instead of a file.")
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="One JSON document on stdout instead of the code's streams.",
-)
+@code_options
 @click.option(
     "--timeout",
     type=seconds,
@@ -78,14 +72,10 @@ async def _work(
     from vmkernel import VmManager
     from vmkernel.cli.account import describe
     from vmkernel.cli.foreground import run_code
-    from vmkernel.cli.vms import refuse_code_for_notebooks
-    from vmkernel.host.registry import Registry
     from vmkernel.settings import load_settings
 
     settings = load_settings()
     account.room = settings.max_output << 20
-    with Registry(settings) as registry:
-        refuse_code_for_notebooks(await asyncio.to_thread(registry.get, vm))
     async with VmManager(settings) as manager:
         handle = await manager.get_vm(vm)
         account.vm = describe(handle.record)

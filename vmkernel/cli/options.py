@@ -80,6 +80,20 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+def code_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command that runs code ``-c`` (``code``) and ``--json`` (``as_json``)."""
+    from_line = click.option(
+        "-c", "code", metavar="CODE", help="The code itself, instead of a file."
+    )
+    as_json = click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="One JSON document on stdout instead of the code's streams.",
+    )
+    return from_line(as_json(function))
+
+
 def vm_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of a VM; the function gets them as ``vm``, a `VmOptions`."""
 

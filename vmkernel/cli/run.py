@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmkernel.cli.options import Transfer, VmOptions, seconds, transfer_in, transfer_out, vm_options
+from vmkernel.cli.options import (
+    Transfer,
+    VmOptions,
+    code_options,
+    seconds,
+    transfer_in,
+    transfer_out,
+    vm_options,
+)
 
 if TYPE_CHECKING:
     from vmkernel.cli.foreground import Foreground
@@ -26,13 +34,7 @@ if TYPE_CHECKING:
     context_settings={"allow_interspersed_args": False},
     options_metavar="[OPTIONS]",
 )
-@click.option("-c", "code", metavar="CODE", help="The code itself, instead of a file.")
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="One JSON document on stdout instead of the code's streams.",
-)
+@code_options
 @click.option(
     "--timeout",
     type=seconds,

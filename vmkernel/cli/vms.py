@@ -160,22 +160,6 @@ def _for_each(
         sys.exit(1)
 
 
-def refuse_code_for_notebooks(record: VmRecord) -> None:
-    """Code goes into a notebook's VM by the notebook's own connection.  Raises VmStateError."""
-    if record.kernel_id or record.connection_file:
-        raise VmStateError(
-            f"{record.vm_id} belongs to {_notebook(record)}",
-            hint="talk to its kernel: jupyter console --existing "
-            + (record.connection_file or f"kernel-{record.kernel_id}.json"),
-        )
-
-
-def _notebook(record: VmRecord) -> str:
-    if record.notebook:
-        return f"the notebook {record.notebook}"
-    return f"the Jupyter kernel {record.kernel_id}"
-
-
 def name_of(record: VmRecord) -> str:
     """The VM as its user calls it."""
     return f"{record.name} ({record.vm_id})" if record.name else record.vm_id

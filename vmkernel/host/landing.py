@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from vmkernel.errors import VmError, VmFileError
+from vmkernel.host.shielded import to_its_end
 
 T = TypeVar("T")
 
@@ -111,16 +112,7 @@ async def aside(function: Callable[..., T], *arguments: object) -> T:
 
     Seen through even when the caller is cancelled: it uses descriptors that are closed then.
     """
-    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        while not work.done():  # cancelled again, it must not leave the thread its descriptor
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([work])
-        if not work.cancelled():
-            work.exception()  # seen: the cancellation is what is told
-        raise
+    return await to_its_end(asyncio.to_thread(function, *arguments))
 
 
 def write_all(fd: int, data: memoryview) -> None:

@@ -20,20 +20,21 @@ from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
-from vmkernel.errors import SettingsError, VmError, VmGuestError, VmNotFoundError, VmStateError
+from vmkernel.errors import VmError, VmGuestError, VmNotFoundError, VmStateError
 from vmkernel.host import names, runner_start
 from vmkernel.host.client import Connection
 from vmkernel.host.ending import end_vm
 from vmkernel.host.handle import VmHandle
 from vmkernel.host.processes import identify_self
 from vmkernel.host.registry import Registry, VmRecord, VmStatus, vm_dir, where_it_lives
-from vmkernel.host.runner_start import STOP_SECONDS, OnProgress, TakeSlot, as_runner, to_its_end
+from vmkernel.host.runner_start import STOP_SECONDS, OnProgress, TakeSlot, as_runner
+from vmkernel.host.shielded import to_its_end
 from vmkernel.host.start import log_dir, remove_logs, settings_for_recipe, shared_slots
 from vmkernel.models import ENDED, Language, VmState
 from vmkernel.settings import (
-    FIELDS,
     LoadedSettings,
     Settings,
+    check_names,
     dump_settings,
     load_settings_with_sources,
     restore_settings,
@@ -310,10 +311,16 @@ class VmManager:
         if own is not None and own.alive:
             return own
         status = await asyncio.to_thread(self._registry.status, record.vm_id)
-        if record.kernel_id:
+        if record.kernel_id or record.connection_file:
+            whose = (
+                f"notebook {record.notebook}"
+                if record.notebook
+                else f"Jupyter kernel {record.kernel_id}"
+            )
             raise VmStateError(
-                f"{record.vm_id} belongs to a notebook's kernel, which alone speaks with it",
-                hint=f"jupyter console --existing kernel-{record.kernel_id}.json",
+                f"{record.vm_id} belongs to the {whose}",
+                hint="talk to its kernel: jupyter console --existing "
+                + (record.connection_file or f"kernel-{record.kernel_id}.json"),
             )
         if status.state is not VmState.RUNNING:
             raise VmStateError(
@@ -344,7 +351,7 @@ class VmManager:
         plain = {name: value for name, value in changes.items() if name in names.MOST}
         settings = {name: value for name, value in changes.items() if name not in names.MOST}
         names.check_words(plain)
-        _check_names(settings)
+        check_names(settings)
 
         def change(record: VmRecord) -> dict[str, Any]:
             if not settings:
@@ -425,7 +432,7 @@ class VmManager:
         """The settings of one VM.  Raises SettingsError, ImageError."""
         from vmkernel.image.store import recipe_for_language
 
-        _check_names(changes)
+        check_names(changes)
         settings = msgspec.structs.replace(self.settings, **changes)
         if recipe is None and language is not None:
             recipe = recipe_for_language(str(language), settings)
@@ -455,14 +462,6 @@ def _waiting_for_slot(
         )
 
     return take
-
-
-def _check_names(changes: Mapping[str, Any]) -> None:
-    for name in changes:
-        if name not in FIELDS:
-            raise SettingsError(
-                f"there is no setting {name!r}", hint=f"the settings are: {', '.join(FIELDS)}"
-            )
 
 
 def _encode(settings: Settings) -> str:

@@ -16,7 +16,7 @@ import logging
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from vmkernel import trace
 from vmkernel.errors import (
@@ -32,6 +32,7 @@ from vmkernel.host.client import Connection, RunnerProcess, spawn_runner
 from vmkernel.host.handle import VmHandle
 from vmkernel.host.processes import ProcessIdentity, boot_id, identify_self
 from vmkernel.host.registry import Registry, VmRecord
+from vmkernel.host.shielded import to_its_end
 from vmkernel.host.start import log_dir, remove_logs, shared_slots
 from vmkernel.host.startlock import StartLock
 from vmkernel.models import VmState
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vmkernel")
 
-T = TypeVar("T")
 OnProgress = Callable[[str], None]
 """on_progress(one line for a person: what is being waited for)"""
 TakeSlot = Callable[[], Awaitable["Slot"]]
@@ -69,9 +69,9 @@ async def start_vm(
     """
     vm_id = record.vm_id
     with await StartLock.take_beside(settings, vm_id) as lock:
-        await _make_startable(registry, settings, vm_id)
+        state = await _make_startable(registry, settings, vm_id)
         # Lock and slot are closed at the end of this; by then the runner has its own
-        with await _slot_while_wanted(registry, vm_id, take_slot) as slot:
+        with await _slot_while_wanted(registry, vm_id, state, take_slot) as slot:
             starting = asyncio.ensure_future(
                 update(
                     registry,
@@ -118,9 +118,10 @@ async def start_vm(
     return VmHandle(record, connection, shared_slots(settings), settings.max_output, runner)
 
 
-async def _slot_while_wanted(registry: Registry, vm_id: str, take_slot: TakeSlot) -> Slot:
+async def _slot_while_wanted(
+    registry: Registry, vm_id: str, before: VmState, take_slot: TakeSlot
+) -> Slot:
     """A slot; VmStateError or VmNotFoundError when the VM is stopped or destroyed meanwhile."""
-    before = (await asyncio.to_thread(registry.status, vm_id)).record.state
     taking = asyncio.ensure_future(take_slot())
     try:
         while not (await asyncio.wait([taking], timeout=LOOK_SECONDS))[0]:
@@ -139,8 +140,11 @@ async def _slot_while_wanted(registry: Registry, vm_id: str, take_slot: TakeSlot
         raise
 
 
-async def _make_startable(registry: Registry, settings: Settings, vm_id: str) -> None:
-    """With its start lock held: wait for its end if it is stopping; VmStateError if it runs."""
+async def _make_startable(registry: Registry, settings: Settings, vm_id: str) -> VmState:
+    """With its start lock held: wait for its end if it is stopping; VmStateError if it runs.
+
+    Returns the state on record, from which it is started.
+    """
     deadline = time.monotonic() + STOP_SECONDS
     while True:
         await asyncio.to_thread(reaper.settle, settings, vm_id, locked=True)
@@ -155,6 +159,8 @@ async def _make_startable(registry: Registry, settings: Settings, vm_id: str) ->
         )
     if found.state is VmState.STARTING:  # by nobody: the lock is ours
         await update(registry, vm_id, state=VmState.FAILED, exit_cause="its start was given up")
+        return VmState.FAILED
+    return found.record.state
 
 
 async def _follow(
@@ -264,17 +270,3 @@ def as_runner(identity: ProcessIdentity) -> dict[str, Any]:
 def _quoted(runner: RunnerProcess) -> str:
     words = runner.last_words()
     return f"; its last words:\n{words}" if words else ""
-
-
-async def to_its_end(work: Awaitable[T]) -> T:
-    """Do all of it, even when the caller is cancelled meanwhile; then it is cancelled."""
-    task = asyncio.ensure_future(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()  # seen: the cancellation is what is told
-        raise

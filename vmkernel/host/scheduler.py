@@ -28,7 +28,6 @@ from vmkernel.host.keeper import PING_SECONDS, Hope, Keeper
 from vmkernel.host.manager import UNSET, Unset, VmManager
 from vmkernel.host.oneshot import Use
 from vmkernel.host.pool import Place
-from vmkernel.host.runner_start import to_its_end
 from vmkernel.host.scheduling import (
     Request,
     SchedulerConfig,
@@ -36,6 +35,7 @@ from vmkernel.host.scheduling import (
     changed,
     language_of,
 )
+from vmkernel.host.shielded import to_its_end
 from vmkernel.host.start import shared_slots
 from vmkernel.models import Language, RunResult
 

@@ -16,7 +16,7 @@ from vmkernel.host.capacity import Statistics
 from vmkernel.host.handle import OnInput, OnOutput
 from vmkernel.host.start import settings_for_recipe
 from vmkernel.models import Language
-from vmkernel.settings import FIELDS, Settings, load_settings_with_sources
+from vmkernel.settings import FIELDS, Settings, check_names, load_settings_with_sources
 
 
 class SchedulerConfig:
@@ -118,11 +118,7 @@ class Request(NamedTuple):
 
 def changed(base: Settings, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What these settings make different from ``base``.  Raises SettingsError."""
-    for name in settings:
-        if name not in FIELDS:
-            raise SettingsError(
-                f"There is no setting {name!r}", hint=f"the settings are: {', '.join(FIELDS)}"
-            )
+    check_names(settings)
     wanted = msgspec.structs.replace(base, **settings)
     found = {name: getattr(wanted, name) for name in FIELDS}
     return {name: value for name, value in found.items() if value != getattr(base, name)}

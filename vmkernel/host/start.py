@@ -29,6 +29,7 @@ from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
 from vmkernel.host.processes import tag_of
 from vmkernel.host.recording import Recorder
+from vmkernel.host.shielded import to_its_end
 from vmkernel.host.trees import remove_tree
 from vmkernel.models import ENDED, VmState
 from vmkernel.vm import accel
@@ -245,16 +246,7 @@ class VmStart:
         ``cause`` is why, for the record; its first line is kept.
         Goes to its end even when it is cancelled: nobody else would reap QEMU and the record.
         """
-        import asyncio
-
-        closing = asyncio.ensure_future(self._close(keep_logs, cause))
-        try:
-            await asyncio.shield(closing)
-        except asyncio.CancelledError:
-            while not closing.done():  # an impatient user interrupts more than once
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait([closing])
-            raise
+        await to_its_end(self._close(keep_logs, cause))
 
     async def _close(self, keep_logs: bool, cause: str) -> None:
         begun, self._begun = self._begun, None
