@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,13 @@ def pytest_configure(config: pytest.Config) -> None:
     cache_dir.mkdir(parents=True, exist_ok=True)
     (session_dir / "cache").symlink_to(cache_dir)
     (session_dir / "config").mkdir()  # Chromium would make it unreadable for other users' tests
+    # What the kernels and libraries under test leave in a temporary directory ends with the session
+    (session_dir / "tmp").mkdir(mode=0o1777)
+    (session_dir / "tmp").chmod(0o1777)
+    tempfile.tempdir = None  # ours was looked up already
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/tmp")  # tmp_path outlives a failed test
     os.environ.update(
+        TMPDIR=str(session_dir / "tmp"),
         VMKERNEL_CACHE_DIR=str(session_dir / "cache"),
         VMKERNEL_RUNTIME_DIR=str(session_dir / "run"),
         VMKERNEL_STATE_DIR=str(session_dir / "state"),
@@ -69,10 +76,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A session that leaves something behind has failed, whatever its tests say."""
-    left = leftovers.find(session.config.stash[_SESSION_DIR])
-    session.config.stash[_LEFT] = left
+    left = session.config.stash.setdefault(_LEFT, [])
+    left += leftovers.find(session.config.stash[_SESSION_DIR])
+    if hasattr(session.config, "workeroutput"):  # one of several processes of pytest-xdist
+        session.config.workeroutput["left"] = left
     if left and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    """A process of pytest-xdist has ended; without a word of its own if it died."""
+    said = getattr(node, "workeroutput", {"left": [f"a test process died: {error}"]})
+    node.config.stash.setdefault(_LEFT, []).extend(said["left"])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
