@@ -15,6 +15,7 @@ from vmkernel.vm.machine import Spawned
 
 class FakePort:
     received = 0
+    pending = 0
 
 
 class FakeVm:

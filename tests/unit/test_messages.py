@@ -24,7 +24,7 @@ COMMANDS = [
 ]
 EVENTS = [
     messages.Hello("6.12", "3.13"),
-    messages.Ready({"status": "ok"}),
+    messages.Ready({"language_info": {"name": "python"}, "status": "ok"}),
     messages.KernelDied(None, 11, False, "Segmentation fault"),
     messages.Failed("why"),
     messages.Reply(3, "", {"a": 1}),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmkernel.errors import VmError, VmGuestError, VmTimeoutError
+from vmkernel.host import contents
 from vmkernel.host.wire import InputRequest, Output, RunEnd, Sent, once_more
 from vmkernel.protocol import messages
 
@@ -30,6 +31,12 @@ SHOWN = frozenset(
 MOST_UNSENT = 1 << 20
 """Bytes that may wait for a guest that asks and does not listen."""
 MOST_ID = 256
+LONGEST_WORD = 4096
+"""Characters of an exception's name."""
+LONGEST_TEXT = 1 << 20
+"""Characters of an exception's text, and of its traceback."""
+LONGEST_NUMBER = 20
+"""Digits of an exit status that is taken for one."""
 REPLACEMENTS = 5
 """How many guest kernels in a row may die before the VM is given up."""
 INTERRUPT_PATIENCE = 5.0
@@ -39,10 +46,12 @@ Emit = Callable[[Output | InputRequest | Sent], None]
 
 
 class _Run:
-    def __init__(self, emit: Emit, done: asyncio.Future[RunEnd]) -> None:
+    def __init__(self, emit: Emit, done: asyncio.Future[RunEnd], allow_stdin: bool) -> None:
         self.msg_id = uuid.uuid4().hex
         self.emit = emit
         self.done = done
+        self.allow_stdin = allow_stdin
+        self.interrupted = False
         self.started = asyncio.Event()
         """The guest says that the code runs: an interrupt before that would hit nothing."""
         self.began = time.monotonic()
@@ -67,6 +76,8 @@ class Executor:
         self._replacing: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
         self._dead = False
+        self._deaths = 0
+        """Guest kernels that died since code was sent to one"""
         self._ended: VmError | None = None
         self.on_hopeless: Callable[[VmError], None] = lambda error: None
         """Called when this VM can run nothing any more: it should be ended."""
@@ -122,8 +133,9 @@ class Executor:
                 raise VmGuestError("the VM is not up", hint="start it first")
             if env:
                 await guest.set_environment(env, self._boot_timeout)
-            run = _Run(emit, asyncio.get_running_loop().create_future())
+            run = _Run(emit, asyncio.get_running_loop().create_future(), allow_stdin)
             self._current = run
+            self._deaths = 0
             guest.send(execute_request(run.msg_id, code, allow_stdin))
             emit(Sent())
             try:
@@ -164,6 +176,7 @@ class Executor:
         if run is not None and guest is not None and question in ("", run.msg_id):
             await _begun(run)
             if not run.done.done():
+                run.interrupted = True
                 await guest.interrupt(kill=kill)
 
     async def _make_it_end(self, guest: Guest, run: _Run) -> None:
@@ -189,29 +202,36 @@ class Executor:
 
     # --- from the guest ---
 
-    def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> None:
-        """The guest kernel sent a message."""
+    def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> bool:
+        """The guest kernel sent a message; returns whether nobody waits for such a one now."""
         if message.channel == "vm":
             self._on_question(message)
-            return
+            return True
         run = self._current
         if run is None or message.parent_id != run.msg_id or run.done.done():
-            return  # of a thread that code left behind: it belongs to no run
+            return True  # of a thread that code left behind: it belongs to no run
+        content = message.content
         if message.channel == "stdin" and message.msg_type == "input_request":
-            if run.asked:
-                return  # one question at a time: whoever answers has one thread for it
+            if not run.allow_stdin or run.asked:
+                return True  # one question at a time: whoever answers has one thread for it
             run.asked = True
-            content = message.content
-            prompt, password = str(content.get("prompt", "")), content.get("password") is True
-            run.emit(InputRequest(run.msg_id, prompt, password))
+            asked = contents.question(content)
+            run.emit(InputRequest(run.msg_id, asked["prompt"], asked["password"]))
+        elif message.channel == "shell" and message.msg_type == "execute_reply":
+            if run.reply is not None:
+                return True
+            run.reply = content
+        elif message.channel != "iopub":
+            return True
         elif message.msg_type == "execute_input":
             run.started.set()
-        elif message.msg_type == "execute_reply":
-            run.reply = message.content
-        elif message.msg_type in SHOWN:
-            run.emit(Output(message.msg_type, message.content, message.metadata))
-        elif message.msg_type == "status":
+        elif message.msg_type in SHOWN and contents.fits(message.msg_type, content):
+            run.emit(Output(message.msg_type, content, message.metadata))
+        elif message.msg_type == "status" and contents.is_idle(content):
             run.done.set_result(_end_of(run))
+        else:
+            return True
+        return False
 
     def _on_question(self, message: messages.FromGuest) -> None:
         """``%vm``: nobody is here to answer it, and whoever asks must hear that."""
@@ -224,7 +244,8 @@ class Executor:
             }
             request = _request("vm", number[:MOST_ID], "vm_reply", reply)
             if guest.vm.control.unsent < MOST_UNSENT:
-                guest.send(request, while_busy=True)
+                with suppress(VmError):  # the VM is about to end
+                    guest.send(request, while_busy=True)
 
     def on_kernel_death(self, death: KernelDeath) -> None:
         """The guest kernel ended: what ran has ended with it; the VM gets another one."""
@@ -243,7 +264,14 @@ class Executor:
                     )
                 )
         self._dead = True
-        if self._replacing is None:
+        self._deaths += 1
+        if self._deaths > REPLACEMENTS:
+            self.on_hopeless(
+                VmGuestError(
+                    "guest kernels that nobody used died again and again", hint="create another VM"
+                )
+            )
+        elif self._replacing is None:
             self._replacing = asyncio.ensure_future(self._replace())
 
     def refuse(self, error: VmError) -> None:
@@ -320,12 +348,34 @@ def _request(channel: Any, msg_id: str, msg_type: str, content: dict[str, Any]) 
 def _end_of(run: _Run) -> RunEnd:
     duration = time.monotonic() - run.began
     reply = run.reply or {}
-    if reply.get("status") != "error":
+    if reply.get("status") == "ok":
         return RunEnd(0, duration)
-    name, value = str(reply.get("ename", "")), str(reply.get("evalue", ""))
-    lines = reply.get("traceback")
-    traceback = [str(line) for line in lines] if isinstance(lines, list) else []
+    if reply.get("status") != "error":
+        # Cut off before it could say how it ended, such as by an interrupt between two steps
+        return RunEnd(130 if run.interrupted else 1, duration, _unanswered(run))
+    name = _text(reply.get("ename"), LONGEST_WORD)
+    value = _text(reply.get("evalue"), LONGEST_TEXT)
+    lines, room = reply.get("traceback"), LONGEST_TEXT
+    traceback: list[str] = []
+    for line in lines if isinstance(lines, list) else ():
+        if room <= 0:
+            break
+        traceback.append(_text(line, room))
+        room -= len(traceback[-1]) + 1
     return RunEnd(exit_code_of(name, value), duration, (name, value, traceback))
+
+
+def _unanswered(run: _Run) -> tuple[str, str, list[str]]:
+    if run.interrupted:
+        return ("KeyboardInterrupt", "", [])
+    return ("NoReply", "the guest kernel ended the code without a reply", [])
+
+
+def _text(value: Any, most: int) -> str:
+    """A guest's word as text, of so many characters at most."""
+    if isinstance(value, str):
+        return value[:most]
+    return "" if value is None else f"{value!r:.100}"
 
 
 def exit_code_of(name: str, value: str) -> int:
@@ -341,6 +391,8 @@ def exit_code_of(name: str, value: str) -> int:
             return 1
     if name == "KeyboardInterrupt":
         return 130
-    if not name and value.isdecimal():  # no exception: bash_kernel tells a command's status so
+    if (
+        not name and value.isdecimal() and len(value) <= LONGEST_NUMBER
+    ):  # no exception: bash_kernel tells a command's status so
         return int(value) & 0xFF
     return 1

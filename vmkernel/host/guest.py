@@ -14,17 +14,24 @@ from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from vmkernel.errors import VmError, VmGuestError
+from vmkernel.errors import ProtocolError, VmError, VmGuestError
 from vmkernel.host.waking import wake_request
 from vmkernel.protocol import frames, messages
+from vmkernel.protocol.bounds import TooMuchError
+from vmkernel.vm import pace
 from vmkernel.vm.machine import Spawned, Vm
+from vmkernel.vm.oddities import Oddities
 
 LAST_WORDS = 0.01
 """Seconds of silence after which a dead guest kernel has said all."""
 LAST_TURNS = 100
 """How many of them are waited for at most: a front end may hold the output up."""
 
-OnOutput = Callable[[messages.FromGuest, Sequence[memoryview]], None]
+MOST_REASON = 1000
+"""Characters of a guest's own reason why it cannot wake up."""
+
+OnOutput = Callable[[messages.FromGuest, Sequence[memoryview]], bool | None]
+"""on_output(message, buffers) -> whether nobody waits for it: too many of those are slowed"""
 
 
 class KernelDeath(msgspec.Struct):
@@ -48,6 +55,9 @@ class Guest:
     ``on_output(message, buffers)``: an answer or output.  ``on_kernel_death(death)``: the guest
     kernel is gone, the VM is not; see :meth:`restart_kernel`.  ``on_end(error)``: the VM is
     gone.  None of them is called after :meth:`close`.
+
+    A message that is no message, or more than the host can bear, is dropped and counted in
+    ``oddities``; so is what comes before the wake-up.
     """
 
     def __init__(
@@ -58,7 +68,10 @@ class Guest:
         on_output: OnOutput,
         on_kernel_death: Callable[[KernelDeath], None],
         on_end: Callable[[VmError], None],
+        oddities: Oddities | None = None,
     ) -> None:
+        self.oddities = oddities if oddities is not None else Oddities()
+        self._account = pace.Account(0.0)
         self.vm = Vm(
             spawned, on_event=self._on_event, on_message=self._on_message, on_end=self._on_vm_end
         )
@@ -68,13 +81,22 @@ class Guest:
         self._on_end = on_end
         # The request for it lies in the port already (host.waking): the answer may come any time
         self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._heard = False
+        """Whether what the guest kernel says is passed on: once it is awake"""
         self._ready: asyncio.Future[None] | None = None
         self._death: KernelDeath | None = None
         self._hearing = False
         """Whether a kernel died of which something may still come."""
 
     def __repr__(self) -> str:
-        return f"<Guest {self.vm!r}>"
+        odd = f" odd={self.oddities.total}" if self.oddities.total else ""
+        return f"<Guest {self.vm!r}{odd}>"
+
+    def charge(self, cost: float) -> None:
+        """The guest kernel sent what nobody waits for: when that is too much, let it wait."""
+        pause = self._account.take(cost, asyncio.get_running_loop().time())
+        if pause:
+            self.vm.kernel.pause_for(pause)
 
     async def wake(self, timeout: float) -> None:
         """Make a fresh clone different from its twins, machine and guest kernel at once.
@@ -122,6 +144,7 @@ class Guest:
         self._woken = asyncio.get_running_loop().create_future()
         self._ready = asyncio.get_running_loop().create_future()
         self._death = None
+        self._heard = False
         self.vm.kernel.resync(marker)
         self.vm.control.resync(marker)
         await self.vm.agent.call(messages.StartKernel(marker))
@@ -154,32 +177,68 @@ class Guest:
     # --- from the VM ---
 
     def _on_message(self, body: memoryview, buffers: list[memoryview]) -> None:
-        message = messages.decode(body, messages.FromGuest)
-        if message.msg_type == "wake_reply":
-            if message.content.get("status") != "ok":
-                self._fail(VmGuestError(f"the guest kernel: {message.content.get('evalue')}"))
-            elif not self._woken.done():
-                self._woken.set_result(None)
-        elif self._woken.done():
-            self._on_output(message, buffers)
-        # Before the wake-up a guest has nothing to say: fail closed.
+        try:
+            message = messages.decode_from_guest(body)
+        except TooMuchError as error:
+            self._on_too_much(body, error)
+        except ProtocolError as error:
+            # The frames are right: what comes next can be read
+            self._drop("malformed messages", error, len(body))
+        else:
+            if message.msg_type == "wake_reply":
+                self._on_wake_reply(message)
+            elif self._heard:
+                if self._on_output(message, buffers):
+                    self.charge(pace.price(len(body) + sum(map(len, buffers))))
+            else:  # before the wake-up a guest has nothing to say: fail closed
+                self._drop("messages before the wake-up", message.msg_type, len(body))
+
+    def _on_wake_reply(self, message: messages.FromGuest) -> None:
+        if self._woken.done():
+            self._drop("wake-ups that nobody asked for", message.parent_id)
+        elif message.content.get("status") == "ok":
+            self._heard = True
+            self._woken.set_result(None)
+        else:
+            reason = str(message.content.get("evalue"))[:MOST_REASON]
+            self._fail(VmGuestError(f"the guest kernel: {reason}"))
+
+    def _on_too_much(self, body: memoryview, error: TooMuchError) -> None:
+        """Leave out what is more than the host can bear, and say so where it would have stood."""
+        self._drop("messages over a limit", error, len(body))
+        head = messages.decode_head(body)
+        if head is not None and self._heard and head.channel in ("iopub", "shell"):
+            text = f"vmkernel: {head.msg_type} was left out: {error.message}\n"
+            content = {"name": "stderr", "text": text}
+            self._on_output(messages.FromGuest("iopub", "stream", head.parent_id, {}, content), [])
+
+    def _drop(self, kind: str, detail: object, size: int = 0) -> None:
+        self.oddities.note(kind, detail)
+        self.charge(pace.price(size))
 
     def _on_event(self, event: messages.FromAgent) -> None:
         if isinstance(event, messages.KernelDied):
             if not self._hearing:  # one at a time, whatever a guest tells
                 self._hearing = True
                 self._hear_out(explain_death(event))
+            else:
+                self.oddities.note("news of the death of what is dead")
         elif isinstance(event, messages.Ready):
             if self._ready is not None and not self._ready.done():
                 self._ready.set_result(None)
+            else:
+                self.oddities.note("news of a new kernel that nobody asked for")
         elif isinstance(event, messages.Failed):
             self._fail(VmGuestError(event.reason, hint="restart the kernel"))
+        else:
+            self.oddities.note("events of a start, after it", type(event).__name__)
 
     def _hear_out(self, death: KernelDeath, received: int = -1, turns: int = LAST_TURNS) -> None:
         """Take in what the dead kernel still said: its port and the agent's share no order."""
-        if received != self.vm.kernel.received and turns:
+        port = self.vm.kernel
+        if (received != port.received or port.pending) and turns:
             loop = asyncio.get_running_loop()
-            received = self.vm.kernel.received
+            received = port.received
             loop.call_later(LAST_WORDS, self._hear_out, death, received, turns - 1)
             return
         self._hearing = False

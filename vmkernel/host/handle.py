@@ -21,7 +21,7 @@ from vmkernel.host import files, wire
 from vmkernel.host.client import RunnerSilentError
 from vmkernel.host.processes import is_alive, kill
 from vmkernel.models import Output, RunError, RunResult, VmState
-from vmkernel.protocol import frames, messages
+from vmkernel.protocol import bounds, frames, messages
 
 if TYPE_CHECKING:
     from vmkernel.host.capacity import Semaphore
@@ -37,6 +37,9 @@ OnSkip = Callable[[str], None]
 """on_skip(path of what is neither a file nor a directory)"""
 BUNDLE_COST = 256
 """What an empty MIME bundle counts for: a guest may show very many of them."""
+DENSEST = 4
+"""Bytes of memory that a byte of output may take: JSON of many small values takes more, and counts
+for more."""
 ANSWER_SECONDS = 10.0
 """How long the guest's agent may take for a small task."""
 CHUNK_SECONDS = 60.0
@@ -288,7 +291,8 @@ class _Outputs:
             data = output.content.get("data")
             if not isinstance(data, dict):
                 return
-            size = len(msgspec.json.encode(data)) + BUNDLE_COST
+            encoded = msgspec.json.encode(data)
+            size = max(len(encoded), bounds.memory(encoded) // DENSEST) + BUNDLE_COST
             if self._kept + size > self._most:
                 self._truncated = True
                 return

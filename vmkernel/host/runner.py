@@ -22,6 +22,7 @@ from vmkernel import trace
 from vmkernel.errors import VmError, VmExpiredError, VmGuestError, VmTimeoutError
 from vmkernel.host import wire
 from vmkernel.host.capacity import Slot
+from vmkernel.host.memory import MOST_IN_RUNNER, limit_memory
 from vmkernel.host.registry import vm_dir
 from vmkernel.host.start import Label, Started, begin
 from vmkernel.host.startlock import StartLock
@@ -46,7 +47,7 @@ def main(arguments: list[str]) -> NoReturn:
     signal.signal(
         signal.SIGCHLD, signal.SIG_DFL
     )  # ignored by our starter, it would hide QEMU's end
-    _limit_memory()
+    limit_memory(MOST_IN_RUNNER)
     vm_id, _, *numbers = arguments  # the database is named for who reads the process table
     socket_fd, slot_fd, lock_fd = map(int, numbers)
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -76,21 +77,6 @@ def main(arguments: list[str]) -> NoReturn:
     os._exit(0)
 
 
-def _limit_memory() -> None:
-    """Have a limit, where there is none that is lower.
-
-    Against a guest whose messages grow when they are decoded: of 256 MiB (`frames.MAX_MESSAGE`)
-    JSON can make ten GiB of small dicts.  That ends in a MemoryError here, and the VM with it (see
-    `vm.ports`); else the host would look for a victim.  QEMU has a limit of its own (`vm.limits`).
-    """
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = MOST_MEMORY if hard == resource.RLIM_INFINITY else min(MOST_MEMORY, hard)
-    if soft == resource.RLIM_INFINITY or soft > limit:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-
-
 def _watch_starter(starter: socket.socket) -> int:
     """A pidfd of the starter: its socket may live on in children that it forked."""
     raw = starter.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, wire.CREDENTIALS.size)
@@ -113,9 +99,6 @@ def _first_request(starter: socket.socket, reader: frames.FrameReader) -> wire.R
             return messages.decode(frames.split(message)[0], wire.Request)
 
 
-MOST_MEMORY = 1 << 30
-"""Bytes that a runner may have of memory to write to; it takes 25 MiB, and for each message on
-its way some seven times the message's text (measured): one of 130 MB still passes."""
 MOST_WAITING = 1024
 """Connections that wait to be taken while the runner is busy."""
 

@@ -48,8 +48,15 @@ class RunnerClient:
 
     def send(self, number: int, event: wire.Event, buffers: Sequence[frames.Piece] = ()) -> None:
         """Tell it something, if it is still there."""
-        if self.port.connected:
+        if not self.port.connected:
+            return
+        try:
             self.port.send(wire.encode(wire.FromRunner(number, event)), buffers)
+        except ProtocolError as error:  # an output at the limit, and what we put around it
+            if not isinstance(event, wire.Output):
+                raise
+            text = f"vmkernel: {event.msg_type} was left out: {error.message}\n"
+            self.send(number, wire.Output("stream", {"name": "stderr", "text": text}, {}))
 
     def leave(self) -> None:
         """As if it had hung up, which it cannot any more: its process is dead."""

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from vmkernel.host.guest import Guest, KernelDeath, OnOutput
     from vmkernel.settings import LoadedSettings, Settings
     from vmkernel.vm.command import Accelerator
+    from vmkernel.vm.oddities import Oddities
 
 KEPT_LOGS = 20
 """How many failed VMs' logs are kept."""
@@ -164,6 +165,8 @@ class VmStart:
         self.vm_id = ""
         self.record: registry.VmRecord | None = None
         """What is known of the VM once QEMU was started"""
+        self.oddities: Oddities | None = None
+        """Where what the guest does wrong is counted; None: in the guest's own"""
         self._begun = begun
         self._slot = slot
         self.directory: Path | None = None
@@ -203,6 +206,7 @@ class VmStart:
                 on_output=on_output,
                 on_kernel_death=on_kernel_death,
                 on_end=end,
+                oddities=self.oddities,
             )
             console = log_dir(self.settings, self.vm_id) / "console.log"
             await guest.vm.attach(console, self.settings.console_log_size << 20)

@@ -79,8 +79,10 @@ def main() -> NoReturn:
     trace.begin(os.environ.get(trace.VARIABLE, ""))
     trace.mark("interpreter up")
     import_without("typing_extensions", "msgspec")  # 17 ms, where it happens to be installed
+    from vmkernel.host.memory import MOST_IN_WRAPPER, limit_memory
     from vmkernel.settings import Settings, load_settings_with_sources
 
+    limit_memory(MOST_IN_WRAPPER)
     # Until the event loop has its handler, an interrupt has nothing to interrupt but the start.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     failure: VmError | None = None

@@ -13,7 +13,9 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +27,19 @@ import zmq
 from vmkernel.errors import VmError
 from vmkernel.protocol.messages import PROTOCOL_VERSION
 
+log = logging.getLogger("vmkernel")
+
 DELIMITER = b"<IDS|MSG>"
 CHANNELS = ("shell", "control", "stdin")
+LARGE = 16 << 10
+"""Bytes from which on a part of a message is not copied, and its way followed to its end.  Smaller
+ones are bounded by ZeroMQ's own limit: 1,000 messages for each front end."""
+MOST_ON_THE_WAY = 64 << 20
+"""Bytes of large messages that may wait for front ends, before the guest is not read any more."""
+MOST_BACKLOG = 10_000
+"""Messages of our own (status) that are kept for a front end which takes none."""
+LOOK_SECONDS = 0.01
+"""How often to look whether front ends have caught up."""
 
 _encode = msgspec.json.Encoder().encode
 _decode_header = msgspec.json.Decoder(dict[str, Any]).decode
@@ -100,6 +113,11 @@ class Sockets:
         self._loop = asyncio.get_running_loop()
         self._backlog: list[list[Any]] = []
         self._on_clear: Callable[[], None] | None = None
+        self.lost = 0
+        """Messages of ours that nobody took"""
+        self._large: deque[tuple[zmq.MessageTracker, int]] = deque()
+        self._on_the_way = 0
+        """Bytes of them"""
         self._retry: asyncio.TimerHandle | None = None
         try:
             self._sockets = {
@@ -126,6 +144,7 @@ class Sockets:
     def _bind(self, name: str, kind: int) -> zmq.Socket[bytes]:
         sock: zmq.Socket[bytes] = self._context.socket(kind)
         sock.linger = 1000
+        sock.copy_threshold = LARGE
         if kind == zmq.ROUTER:
             # A client that reconnects under its identity gets its answers (ipykernel does so)
             sock.router_handover = 1
@@ -258,45 +277,78 @@ class Sockets:
         message.insert(0, topic)
         if not self._sockets:  # closed
             return
+        if len(self._backlog) >= MOST_BACKLOG:
+            self.lost += 1
+            if self.lost == 1:
+                log.warning("a front end takes no messages: some of the kernel's status are lost")
+            return
         if self._backlog:
             self._backlog.append(message)
             return
         try:
-            self._sockets["iopub"].send_multipart(message, zmq.NOBLOCK, copy=True)
+            self._send("iopub", message)
         except zmq.Again:
             self._backlog.append(message)
             self._flush_later()
         self._look_again("iopub")
 
+    def _send(self, name: str, message: list[Any]) -> None:
+        """Hand a message over to ZeroMQ.  Raises zmq.Again when a subscriber is behind."""
+        size = sum(map(len, message))
+        if size < LARGE:
+            self._sockets[name].send_multipart(message, zmq.NOBLOCK, copy=True)
+            return
+        tracker = self._sockets[name].send_multipart(message, zmq.NOBLOCK, copy=False, track=True)
+        assert tracker is not None
+        self._large.append((tracker, size))
+        self._on_the_way += size
+        while self._large and self._large[0][0].done:
+            self._on_the_way -= self._large.popleft()[1]
+
+    def _look_at_large(self) -> None:
+        """Find those that have arrived, in whatever order."""
+        self._large = deque(item for item in self._large if not item[0].done)
+        self._on_the_way = sum(size for _, size in self._large)
+
     @property
     def congested(self) -> bool:
-        """Whether subscribers are behind."""
-        return bool(self._backlog)
+        """Whether front ends are behind: what the guest says should wait."""
+        if self._on_the_way > MOST_ON_THE_WAY:
+            self._look_at_large()
+        return bool(self._backlog) or self._on_the_way > MOST_ON_THE_WAY
 
     def when_clear(self, callback: Callable[[], None]) -> None:
-        """Call ``callback`` once subscribers have caught up."""
+        """Call ``callback`` once front ends have caught up."""
         self._on_clear = callback
+        if self._retry is None:
+            self._flush_later()
 
     def _flush_later(self) -> None:
         """One timer at most: each subscriber that catches up a little asks for one, too."""
         if self._retry is not None:
             self._retry.cancel()
-        self._retry = self._loop.call_later(0.01, self._flush_backlog)
+        self._retry = self._loop.call_later(LOOK_SECONDS, self._flush_backlog)
 
     def _flush_backlog(self) -> None:
+        self._retry = None
         sent = 0
         try:
             for message in self._backlog:
-                self._sockets["iopub"].send_multipart(message, zmq.NOBLOCK, copy=True)
+                self._send("iopub", message)
                 sent += 1
         except zmq.Again:
-            self._flush_later()
+            pass
         except KeyError:  # closed
             return
         finally:
             del self._backlog[:sent]
         self._look_again("iopub")
-        if not self._backlog and self._on_clear is not None:
+        if self._on_clear is None:
+            if self._backlog:
+                self._flush_later()
+        elif self.congested:
+            self._flush_later()
+        else:
             callback, self._on_clear = self._on_clear, None
             callback()
 
@@ -311,12 +363,12 @@ class Sockets:
     ) -> str:
         """Answer a request on its channel (or another, for stdin); the message's id."""
         message, msg_id = self._message(msg_type, content, request.raw[0], metadata or {}, buffers)
-        sock = self._sockets.get(channel or request.channel)
-        if sock is None:  # closed
+        name = channel or request.channel
+        if name not in self._sockets:  # closed
             return msg_id
         with contextlib.suppress(zmq.ZMQError):  # a client that is gone: it has no heir
-            sock.send_multipart([*request.idents, *message], zmq.NOBLOCK, copy=True)
-        self._look_again(channel or request.channel)
+            self._send(name, [*request.idents, *message])
+        self._look_again(name)
         return msg_id
 
     def _look_again(self, name: str) -> None:

@@ -13,8 +13,9 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from vmkernel.errors import VmError, VmExpiredError
+from vmkernel.errors import VmError, VmExpiredError, VmGuestError
 from vmkernel.host.start import Label, Started, VmStart
+from vmkernel.vm.oddities import Oddities
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,8 +38,8 @@ CLOCK_SLACK = 0.5
 class Owner(Protocol):
     """Who hears of the guest: the wrapper."""
 
-    def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> None:
-        """The guest kernel sent a message."""
+    def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> bool:
+        """The guest kernel sent a message; returns whether nobody waits for such a one."""
 
     def on_kernel_death(self, death: KernelDeath) -> None:
         """The guest kernel ended."""
@@ -59,6 +60,8 @@ class GuestSupply:
         final: VmError | None = None,
     ) -> None:
         """``final``: no start can succeed, and this is why (wrong settings)."""
+        self.oddities = Oddities()
+        """What the guest does that no guest should"""
         self.current: Guest | None = None
         self.failed: VmError | None = None
         """Why the last start failed; None when it did not."""
@@ -144,6 +147,18 @@ class GuestSupply:
             self._starting = asyncio.create_task(self._replace_kernel(guest))
             self._starting.add_done_callback(_seen)
 
+    def give_up(self, why: str) -> None:
+        """End a VM in which no guest kernel stays: the next one who asks gets another."""
+        start = self._start
+        if start is not None:
+            error = VmGuestError(f"The VM was ended: {why}", hint="run the cell again in a new VM")
+            self._on_end(start, error)
+
+    def charge(self, cost: float) -> None:
+        """The guest kernel sent what costs more than its size says (`vm.pace`)."""
+        if self.current is not None:
+            self.current.charge(cost)
+
     def note_work(self, busy: bool) -> None:
         """Whether the guest has something to do."""
         if self._limits is not None:
@@ -153,8 +168,8 @@ class GuestSupply:
         """Stop reading from the guest until front ends have caught up."""
         guest = self.current
         if guest is not None:
-            guest.vm.kernel.pause()
-            until(guest.vm.kernel.resume)
+            guest.vm.kernel.pause("front ends")
+            until(lambda: guest.vm.kernel.resume("front ends"))
 
     async def close(self) -> None:
         """End the VM, or its start."""
@@ -218,6 +233,8 @@ class GuestSupply:
         if record is not None:
             facts["age"] = f"{max(0.0, time.time() - record.created):.0f} s"
             facts["slot"] = f"{record.slot} of {settings.max_concurrent_vms}"
+        if self.oddities.total:
+            facts["dropped"] = self.oddities.in_words()
         return facts
 
     def _limits_in_words(self) -> dict[str, str]:
@@ -252,6 +269,7 @@ class GuestSupply:
             self._info = begun.template.manifest.kernel_info
             self._accelerator = begun.spawned.machine.accelerator
         start = self._start = VmStart(self._settings, self._label, begun)
+        start.oddities = self.oddities
         self.failed = None
         self._started_at = time.monotonic()
         self._text = ""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from vmkernel.errors import VmError, VmExpiredError, VmGuestError
+from vmkernel.host import contents
 from vmkernel.kernel import local
 from vmkernel.kernel.history import History
 from vmkernel.kernel.lane import EXECUTE, Exchange, Lane
@@ -26,6 +27,7 @@ from vmkernel.kernel.sockets import Request, Sockets
 from vmkernel.kernel.supply import GuestSupply
 from vmkernel.protocol import messages
 from vmkernel.protocol.messages import COMM_TYPES
+from vmkernel.vm import pace
 
 if TYPE_CHECKING:
     from vmkernel.host.guest import Guest, KernelDeath
@@ -38,8 +40,6 @@ KNOWN_PARENTS = 4096
 """How many finished requests a late output (a thread, a comm) may still name."""
 KNOWN_COMMS = 4096
 """How many comms' subshells are known: an answer goes where the comm was used last."""
-LONGEST_ID = 1024
-"""Characters of an id that is the guest's word, and kept."""
 MOST_SUBSHELLS = 256
 DEAF = 10.0
 """Seconds after which a cell that was interrupted and still runs is said to ignore it."""
@@ -47,8 +47,10 @@ PATIENCE = 1.0
 """Seconds that a request which the host can answer waits for a guest that does not react."""
 MOST_NEWS = 8
 """How many things that happened between two cells are told."""
-MOST_ODDITIES = 20
-"""How many wrong messages of a guest are logged: the log is the server's."""
+MOST_QUESTIONS = 64
+"""How many questions of a guest are being answered at once."""
+MOST_DEATHS = 5
+"""How many guest kernels of one VM may die without having been asked to run anything."""
 
 # What a guest may publish.  ``status`` is the end of a request, and published by us.
 IOPUB_TYPES = frozenset(
@@ -92,7 +94,9 @@ class Wrapper:
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exit_asked = False
         self._news: deque[str] = deque(maxlen=MOST_NEWS)
-        self._oddities = 0
+        self._deaths = 0
+        """Guest kernels that died since a cell was sent"""
+        self._questions_open = 0
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- life ---
@@ -107,6 +111,7 @@ class Wrapper:
             for lane in (self._main, *self._subshells.values()):
                 lane.close()
             await asyncio.gather(self.supply.close(), self.history.close())
+            self.supply.oddities.log_total()
 
     def stop(self, status: int = 0) -> None:
         """End the kernel with this exit status."""
@@ -206,6 +211,8 @@ class Wrapper:
             request.buffers,
             while_busy=lane is not self._main,
         )
+        if request.msg_type == EXECUTE:
+            self._deaths = 0
         if not meanwhile:
             self._with_guest[request.msg_id] = exchange
             self.supply.note_work(True)
@@ -274,7 +281,9 @@ class Wrapper:
             exchange = self.send(guest, request, None)
             await exchange.done
             if not exchange.replied:
-                raise NotImplementedError(f"this kernel does not know {msg_type} on control")
+                why = f"this kernel does not know {msg_type} on control"
+                error = local.error_content("NotImplementedError", why, [])
+                self.reply(request, {**error, "status": "error"})
 
     async def _reply_ourselves(self, request: Request, content: dict[str, Any]) -> None:
         """Answer a control request; a guest that is there sees it first: code can ask for it."""
@@ -349,29 +358,42 @@ class Wrapper:
 
     # --- from the guest ---
 
-    def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> None:
-        """The guest kernel sent a message."""
+    def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> bool:
+        """The guest kernel sent a message; returns whether nobody waits for such a one now."""
         exchange = self._with_guest.get(message.parent_id)
         if message.channel == "iopub":
             self._on_iopub(message, buffers, exchange)
         elif message.channel == "vm":
             self._on_vm_message(message, exchange)
         elif exchange is None:
-            self._odd("the guest answered what was not asked", message)
+            self._odd("answers to what was not asked", message)
         elif message.channel == "stdin" and message.msg_type == "input_request":
-            request = exchange.request
-            exchange.question = self.sockets.reply(
-                request, "input_request", message.content, channel="stdin"
-            )
-            exchange.asked = True
+            self._on_question(exchange, message)
         elif (
             message.channel == exchange.request.channel
             and not exchange.replied
             and message.msg_type == exchange.request.msg_type.removesuffix("_request") + "_reply"
+            and contents.fits(message.msg_type, message.content)
         ):
             self._on_reply(exchange, message, buffers)
         else:
-            self._odd("the guest's answer is none to what was asked", message)
+            self._odd("answers that are none to what was asked", message)
+        if self.sockets.congested:
+            self.supply.pause(until=self.sockets.when_clear)
+        return exchange is None or message.channel == "vm"
+
+    def _on_question(self, exchange: Exchange, message: messages.FromGuest) -> None:
+        """The code wants something of a person."""
+        request = exchange.request
+        if request.msg_type == EXECUTE and request.content.get("allow_stdin") is False:
+            self._odd("questions where none are allowed", message)
+            return
+        if exchange.asked:  # after an interrupt it may ask again; nobody can answer a flood
+            self.supply.charge(pace.QUESTION)
+        exchange.question = self.sockets.reply(
+            request, "input_request", contents.question(message.content), channel="stdin"
+        )
+        exchange.asked = True
 
     def _on_reply(
         self, exchange: Exchange, message: messages.FromGuest, buffers: Sequence[memoryview]
@@ -379,7 +401,9 @@ class Wrapper:
         exchange.replied = True
         request, content = exchange.request, message.content
         if request.msg_type == EXECUTE:
-            self._note_execution(content)
+            count = contents.count_in(content)
+            self.execution_count = self.execution_count if count is None else count
+            self._exit_asked = self._exit_asked or contents.asks_exit(content)
         elif request.msg_type == "create_subshell_request":
             self._add_subshell(content)
         elif request.msg_type == "delete_subshell_request" and content.get("status") == "ok":
@@ -399,26 +423,9 @@ class Wrapper:
         if content.get("status") == "error" and exchange.lane is not None:
             exchange.lane.abort_queued(request)
 
-    def _note_execution(self, content: dict[str, Any]) -> None:
-        count = content.get("execution_count")
-        if isinstance(count, int):
-            self.execution_count = count
-        payload = content.get("payload")
-        if isinstance(payload, list) and any(
-            isinstance(item, dict)
-            and item.get("source") == "ask_exit"
-            and not item.get("keepkernel")
-            for item in payload
-        ):
-            self._exit_asked = True
-
     def _add_subshell(self, content: dict[str, Any]) -> None:
         subshell_id = content.get("subshell_id")
-        if (
-            isinstance(subshell_id, str)
-            and 0 < len(subshell_id) <= LONGEST_ID
-            and subshell_id not in self._subshells
-        ):
+        if isinstance(subshell_id, str) and subshell_id and subshell_id not in self._subshells:
             self._subshells[subshell_id] = Lane(self, self._on_lane_failure, subshell_id)
 
     def _on_iopub(
@@ -427,33 +434,45 @@ class Wrapper:
         buffers: Sequence[memoryview],
         exchange: Exchange | None,
     ) -> None:
-        if message.msg_type == "status":
-            if exchange is not None:
-                self._forget(message.parent_id)
-                if not exchange.done.done():
-                    exchange.done.set_result(None)
-            elif (header := self._meanwhile.pop(message.parent_id, None)) is not None:
-                # It was served after the cell, not beside it: then its status is for all to see
-                self.sockets.status("busy", header)
-                self.sockets.status("idle", header)
-        elif message.msg_type in IOPUB_TYPES:
-            parent = self._parents.get(message.parent_id)
-            if message.msg_type in COMM_TYPES:
-                self._note_comm(message, parent)
-            elif message.msg_type in ("execute_input", "execute_result") and exchange is not None:
-                exchange.shown = exchange.shown or message.msg_type == "execute_input"
-                self._note_history(exchange, message)
-            self.sockets.publish(
-                message.msg_type,
-                message.content,
-                parent[0] if parent is not None else b"{}",
-                message.metadata,
-                buffers,
-            )
-            if self.sockets.congested:
-                self.supply.pause(until=self.sockets.when_clear)
+        msg_type, content = message.msg_type, message.content
+        parent = self._parents.get(message.parent_id)
+        if msg_type == "status":
+            self._on_status(message, exchange)
+        elif msg_type not in IOPUB_TYPES:
+            self._odd("messages that a guest may not publish", message)
+        elif parent is None and message.parent_id:
+            self._odd("outputs of what was not asked", message)
+        elif not contents.fits(msg_type, content):
+            self._odd("outputs that lack what they must contain", message)
+        elif msg_type == "execute_input" and (
+            exchange is None or exchange.shown or exchange.request.msg_type != EXECUTE
+        ):
+            self._odd("cells shown that do not begin", message)
         else:
-            self._odd("the guest may not publish this", message)
+            if msg_type in COMM_TYPES:
+                self._note_comm(message, parent)
+            elif msg_type in ("execute_input", "execute_result") and exchange is not None:
+                self._note_history(exchange, message)
+                if msg_type == "execute_input":
+                    exchange.shown = True
+                    content = {**content, "code": exchange.request.content.get("code", "")}
+            if parent is not None:
+                self._parents.move_to_end(message.parent_id)  # a thread that goes on
+            header = parent[0] if parent is not None else b"{}"
+            self.sockets.publish(msg_type, content, header, message.metadata, buffers)
+
+    def _on_status(self, message: messages.FromGuest, exchange: Exchange | None) -> None:
+        """The guest is done with a request: the end is all that it says of its state."""
+        if not contents.is_idle(message.content):
+            self._odd("states that are not idle", message)
+        elif exchange is not None:
+            self._forget(message.parent_id)
+            if not exchange.done.done():
+                exchange.done.set_result(None)
+        elif (header := self._meanwhile.pop(message.parent_id, None)) is not None:
+            # It was served after the cell, not beside it: then its status is for all to see
+            self.sockets.status("busy", header)
+            self.sockets.status("idle", header)
 
     def _note_history(self, exchange: Exchange, message: messages.FromGuest | None) -> None:
         """Keep a cell, as the front end sent it, and its result's text.
@@ -475,9 +494,9 @@ class Wrapper:
 
     def _note_comm(self, message: messages.FromGuest, parent: tuple[bytes, str] | None) -> None:
         """An answer on a comm belongs to the subshell that used it last (ipykernel 7.4)."""
-        comm_id = message.content.get("comm_id")
-        if parent is None or not isinstance(comm_id, str) or len(comm_id) > LONGEST_ID:
+        if parent is None:
             return
+        comm_id = message.content["comm_id"]
         self._comms.pop(comm_id, None)
         if message.msg_type != "comm_close":
             self._comms[comm_id] = parent[1]
@@ -489,16 +508,23 @@ class Wrapper:
             if exchange is not None and exchange.lane is not None:
                 exchange.awaiting = True
                 exchange.lane.send_comms()
-        elif message.msg_type == "vm_request":
-            self._spawn(self._questions.answer(message.content))
+        elif message.msg_type != "vm_request":
+            self._odd("questions that nobody knows", message)
+        elif self._questions_open >= MOST_QUESTIONS:
+            self._odd("questions while too many were open", message)
         else:
-            self._odd("the guest asks what nobody knows", message)
+            self._questions_open += 1
+            self._spawn(self._answer_question(message.content))
 
-    def _odd(self, what: str, message: messages.FromGuest) -> None:
-        """Log a message that no correct guest sends; a flood of them ends in silence."""
-        self._oddities += 1
-        if self._oddities <= MOST_ODDITIES:
-            log.warning("%s: %r on %s", what, message.msg_type, message.channel)
+    async def _answer_question(self, content: dict[str, Any]) -> None:
+        try:
+            await self._questions.answer(content)
+        finally:
+            self._questions_open -= 1
+
+    def _odd(self, kind: str, message: messages.FromGuest) -> None:
+        """Drop a message that no correct guest sends."""
+        self.supply.oddities.note(kind, f"{message.msg_type} on {message.channel}")
 
     # --- deaths ---
 
@@ -522,8 +548,11 @@ class Wrapper:
                 f"{death.reason} while no cell ran; this cell runs in a new guest kernel, "
                 "variables are lost, files are still there"
             )
+        self._deaths += 1
         if death.asked_for and self._exit_asked:
             self.stop()  # exit(): a kernel that ends is what was wanted
+        elif self._deaths > MOST_DEATHS:
+            self.supply.give_up("guest kernels that nobody used died again and again")
         else:
             self.supply.kernel_died()
 

@@ -3,7 +3,8 @@
 Both ports are byte streams with two ends that do not trust each other, so this is the
 first thing that touches a peer's bytes.  A *frame* is a big-endian 32-bit word, then that
 many bytes of payload.  The top bit of the word says that the message goes on in the next
-frame: a large message travels in pieces, so neither side needs one huge read or write.
+frame: a large message travels in pieces, so neither side needs one huge read or write.  Such a
+frame is full: a message in millions of tiny pieces would be work without end.
 
 A message is a JSON *body* and any number of binary *buffers*
 (https://jupyter-client.readthedocs.io, "The wire protocol": a Jupyter message may carry
@@ -27,6 +28,8 @@ MAX_FRAME = 1 << 20
 """Largest payload of one frame, bytes."""
 MAX_MESSAGE = 256 << 20
 """Largest message, bytes: room for a 100 MB array in a display or a comm."""
+MAX_BODY = 160 << 20
+"""Largest JSON body of a message, bytes: room for a 100 MB image in base64."""
 MAX_BUFFERS = 4096
 MARKER_SIZE = 16
 """Bytes in a resynchronisation marker."""
@@ -41,8 +44,14 @@ Piece = bytes | bytearray | memoryview
 def encode(body: bytes, buffers: Sequence[Piece] = ()) -> list[Piece]:
     """The bytes of one message, as pieces for ``writev``; large ones are not copied.
 
-    Raises ProtocolError when the message is larger than ``MAX_MESSAGE``.
+    Raises ProtocolError when the message is larger than ``MAX_MESSAGE``, or its body than
+    ``MAX_BODY``.
     """
+    if len(body) > MAX_BODY:
+        raise ProtocolError(
+            f"a message with {len(body)} bytes of JSON is over the limit of {MAX_BODY} bytes",
+            hint="send less at once, for example in slices, or as a file",
+        )
     pieces: list[Piece] = [_WORD.pack(len(body)), body]
     total = 4 + len(body)
     for buffer in buffers:
@@ -100,10 +109,14 @@ def split(message: Piece) -> tuple[memoryview, list[memoryview]]:
 
 
 class FrameReader:
-    """Cuts a byte stream into messages.  Memory is bounded by ``max_message`` and one read."""
+    """Cuts a byte stream into messages.  Memory is bounded by ``max_message`` and one read.
 
-    def __init__(self, max_message: int = MAX_MESSAGE) -> None:
+    ``max_frame`` is ``MAX_FRAME`` between host and guest; another one is for tests.
+    """
+
+    def __init__(self, max_message: int = MAX_MESSAGE, max_frame: int = MAX_FRAME) -> None:
         self._max = max_message
+        self._max_frame = max_frame
         self._data = bytearray()
         self._message: bytearray | None = None
         self._marker: bytes | None = None
@@ -111,6 +124,11 @@ class FrameReader:
     def __repr__(self) -> str:
         partial = len(self._message) if self._message is not None else 0
         return f"<FrameReader buffered={len(self._data)} partial={partial}>"
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept of a message that is not whole yet."""
+        return len(self._data) + len(self._message or b"")
 
     def resync(self, marker: bytes) -> None:
         """Throw away all that comes before ``marker`` (MARKER_SIZE random bytes)."""
@@ -134,17 +152,19 @@ class FrameReader:
         while len(buffer) - at >= 4:
             (word,) = _WORD.unpack_from(buffer, at)
             length = word & _LENGTH
-            if length > MAX_FRAME or length == 0:
-                raise ProtocolError(f"a frame of {length} bytes (limit {MAX_FRAME})")
+            if length > self._max_frame or length == 0:
+                raise ProtocolError(f"a frame of {length} bytes (limit {self._max_frame})")
+            if word & _MORE and length != self._max_frame:
+                raise ProtocolError(f"a frame of {length} bytes that is not the message's last")
             if len(buffer) - at - 4 < length:
                 break
             with memoryview(buffer) as view:
                 payload = view[at + 4 : at + 4 + length]
-                if self._message is None:
-                    self._message = bytearray(payload)
-                elif len(self._message) + length > self._max:
+                if len(self._message or b"") + length > self._max:
                     payload.release()
                     raise ProtocolError(f"a message of more than {self._max} bytes")
+                if self._message is None:
+                    self._message = bytearray(payload)
                 else:
                     self._message += payload
                 payload.release()

@@ -15,6 +15,7 @@ missing or an unknown field is a ProtocolError, never a surprise further in.
 
 from __future__ import annotations
 
+import gc
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ from vmkernel.errors import ProtocolError
 from vmkernel.protocol import frames
 
 ShortStr = Annotated[str, msgspec.Meta(max_length=1024)]
+Channel = Literal["shell", "control", "stdin", "iopub", "vm"]
 T = TypeVar("T")
 
 # --- port "kernel" -------------------------------------------------------------------
@@ -54,7 +56,7 @@ class FromGuest(msgspec.Struct, array_like=True, forbid_unknown_fields=True, fro
     ``arguments``), answered by a ``vm_reply``.
     """
 
-    channel: Literal["shell", "control", "stdin", "iopub", "vm"]
+    channel: Channel
     msg_type: ShortStr
     parent_id: ShortStr
     metadata: dict[str, Any]
@@ -195,8 +197,8 @@ class KernelDied(msgspec.Struct, tag="kernel_died", forbid_unknown_fields=True):
     memory; ``output`` is what it had written to its stdout and stderr and nobody read.
     """
 
-    exit_code: int | None
-    signal: int | None
+    exit_code: Annotated[int, msgspec.Meta(ge=0, le=255)] | None
+    signal: Annotated[int, msgspec.Meta(ge=1, le=127)] | None
     oom: bool
     output: Annotated[str, msgspec.Meta(max_length=65536)]
 
@@ -281,4 +283,49 @@ def decode(body: frames.Piece, kind: type[T]) -> T:
 
 def decode_from_agent(body: frames.Piece) -> FromAgent:
     """One message of the agent.  Raises ProtocolError."""
-    return decode(body, FromAgent)  # type: ignore[arg-type]
+    from vmkernel.protocol import bounds  # the host's: a guest need not load it
+
+    bounds.check(body)
+    message: FromAgent = decode(body, FromAgent)  # type: ignore[arg-type]
+    if isinstance(message, Ready):
+        from vmkernel.protocol import kernelinfo
+
+        message.kernel_info = kernelinfo.checked(message.kernel_info)
+    return message
+
+
+def decode_from_guest(body: frames.Piece) -> FromGuest:
+    """One message of the guest kernel.
+
+    Raises ProtocolError when it is malformed, and its kind TooMuchError when decoding it would take
+    too much memory; what it is about may then be had by :func:`decode_head`.
+    """
+    from vmkernel.protocol import bounds
+
+    bounds.check(body)
+    if len(body) <= bounds.ALWAYS_FINE or not gc.isenabled():
+        return decode(body, FromGuest)
+    # Millions of new objects would set off the collector again and again: six times the time
+    gc.disable()
+    try:
+        return decode(body, FromGuest)
+    finally:
+        gc.enable()
+
+
+class Head(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
+    """What a `FromGuest` is about, whatever it contains."""
+
+    channel: Channel
+    msg_type: ShortStr
+    parent_id: ShortStr
+    metadata: msgspec.Raw
+    content: msgspec.Raw
+
+
+def decode_head(body: frames.Piece) -> Head | None:
+    """What a message of the guest kernel is about; None when it is malformed."""
+    try:
+        return decode(body, Head)
+    except ProtocolError:
+        return None
