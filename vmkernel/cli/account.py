@@ -32,7 +32,7 @@ class Account:
     def print(self, exit_code: int, error: VmError | None = None) -> None:
         """Print the document; *error* is vmkernel's own."""
         from vmkernel.cli.output import print_json
-        from vmkernel.cli.streams import plain
+        from vmkernel.text import plain_text
 
         result = self.result
         said = {name: "".join(parts) for name, parts in self._heard.items()}
@@ -43,7 +43,7 @@ class Account:
                 code_error = {
                     "name": result.error.name,
                     "value": result.error.value,
-                    "traceback": plain("\n".join(result.error.traceback)),
+                    "traceback": plain_text("\n".join(result.error.traceback)),
                 }
         print_json(
             {

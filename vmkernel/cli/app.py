@@ -118,5 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         cli.main(args=None if argv is None else list(argv), prog_name="vmkernel")
     except VmError as error:
-        click.echo(f"vmkernel: error: {error.explain()}", err=True)
+        from vmkernel.cli.output import say_error
+
+        say_error(error)
         sys.exit(1)

@@ -68,6 +68,7 @@ def _start(on_step: Callable[[Step], None]) -> dict[str, Any]:
     from vmkernel.errors import VmError
     from vmkernel.host.start import settings_for_recipe
     from vmkernel.settings import load_settings_with_sources
+    from vmkernel.text import plain_text
 
     steps: list[Step] = []
 
@@ -79,7 +80,7 @@ def _start(on_step: Callable[[Step], None]) -> dict[str, Any]:
     try:
         vm = check_start(settings_for_recipe(load_settings_with_sources()), note)
     except VmError as failure:
-        error = f"{type(failure).__name__}: {failure.explain()}"
+        error = f"{type(failure).__name__}: {plain_text(failure.explain())}"
     return {
         "ok": not error,
         "vm": vm,

@@ -87,6 +87,7 @@ async def _work(
                 timeout=None,  # that would be the VM's end
                 account=account if as_json else None,
                 results=True,
+                trusted=settings.outputs == "trusted",
             )
     if foreground.failure is not None and result.error is not None:
         raise foreground.failure

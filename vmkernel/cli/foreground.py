@@ -16,8 +16,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import click
-
 from vmkernel.errors import VmError, VmTimeoutError
 
 if TYPE_CHECKING:
@@ -157,8 +155,11 @@ async def run_code(
     account: Account | None = None,
     results: bool = False,
     script: bool = False,
+    trusted: bool = False,
 ) -> RunResult:
     """Run the code with this command's streams and signals for its own.
+
+    ``trusted``: a terminal gets what the code writes as it is (setting ``outputs``).
 
     With *account* its outputs go there and not to our stdout and stderr.  Cancelled, it does not
     wait for the code's end: the VM, or the connection to it, is about to end.
@@ -166,7 +167,7 @@ async def run_code(
     from vmkernel.cli.stdin import Stdin
     from vmkernel.cli.streams import Streams
 
-    streams = Streams(foreground.output_failed, results=results, script=script)
+    streams = Streams(foreground.output_failed, results=results, script=script, trusted=trusted)
     loop = asyncio.get_running_loop()
 
     def say(prompt: str) -> None:  # called in a thread, and a blocked write is the main thread's
@@ -191,6 +192,7 @@ async def run_code(
         stdin.give_up()
     if account is None:
         streams.show_end(result.error, result.exit_code)
+        streams.close()
     else:
         account.result = result
     return result
@@ -218,7 +220,9 @@ def exit_codes(on_failure: Callable[[int, VmError | None], None] | None = None) 
         if on_failure is not None:
             on_failure(code, error)
         if error is not None:
-            click.echo(f"vmkernel: error: {error.explain()}", err=True)
+            from vmkernel.cli.output import say_error
+
+            say_error(error)
     except OSError:
         os._exit(code)  # nobody reads it; the interpreter would try again, and end with 120
     sys.exit(code)

@@ -141,6 +141,7 @@ def verify(names: tuple[str, ...]) -> None:
 
     Ends with 1 when one is damaged, and says which file and what to do.
     """
+    from vmkernel.cli.output import say_error
     from vmkernel.errors import VmError
     from vmkernel.image.store import list_images, verify_image
     from vmkernel.settings import load_settings
@@ -154,7 +155,7 @@ def verify(names: tuple[str, ...]) -> None:
             click.echo(f"image {name!r}: whole")
         except VmError as error:
             damaged += 1
-            click.echo(f"vmkernel: error: {error.explain()}", err=True)
+            say_error(error)
     if not names:
         damaged += _verify_templates(settings)
     if damaged:
@@ -163,6 +164,7 @@ def verify(names: tuple[str, ...]) -> None:
 
 def _verify_templates(settings: Settings) -> int:
     """How many memory templates are damaged."""
+    from vmkernel.cli.output import say_error
     from vmkernel.errors import VmError
     from vmkernel.vm.template import list_templates, verify_template
 
@@ -175,7 +177,7 @@ def _verify_templates(settings: Settings) -> int:
             click.echo(f"memory template {directory.name}: whole")
         except VmError as error:
             damaged += 1
-            click.echo(f"vmkernel: error: {error.explain()}", err=True)
+            say_error(error)
     return damaged
 
 

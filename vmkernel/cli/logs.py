@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,6 +177,7 @@ class _Out:
         self.said = False
         self._last = ""
         self._terminal = sys.stdout.isatty()
+        self._screens: defaultdict[str, _Screen] = defaultdict(_Screen)
 
     def write(self, name: str, data: bytes) -> None:
         self.said = True
@@ -182,14 +185,23 @@ class _Out:
             click.echo(f"{chr(10) if self._last else ''}==> {name} <==")
             self._last = name
         if self._terminal:  # a guest must not move the cursor of whoever looks at its console
-            click.echo(_harmless(data.decode(errors="replace")), nl=False)
+            click.echo(self._screens[name].show(data), nl=False)
         else:
             click.echo(data, nl=False)
         sys.stdout.flush()
 
 
-def _harmless(text: str) -> str:
-    from vmkernel.cli.streams import plain
+class _Screen:
+    """One log for a terminal: without any control sequence, also one that came in two pieces."""
 
-    kept = (c for c in plain(text) if c.isprintable() or c in "\n\t")
-    return "".join(kept)
+    def __init__(self) -> None:
+        from vmkernel.text import TerminalFilter
+
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._filter = TerminalFilter()
+
+    def show(self, data: bytes) -> str:
+        from vmkernel.text import plain_text
+
+        # A console's lines end with CR LF, which may be cut, too; a CR alone is no new line there
+        return plain_text(self._filter.feed(self._decoder.decode(data)).replace("\r", ""))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from vmkernel.errors import VmError
 
 
 def print_json(value: Any) -> None:
@@ -34,6 +37,13 @@ def table_lines(
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def say_error(error: VmError) -> None:
+    """Tell an error on stderr.  It may quote a guest's console or last words."""
+    from vmkernel.text import plain_text
+
+    click.echo(f"vmkernel: error: {plain_text(error.explain())}", err=True)
 
 
 def say_skipped(path: str) -> None:

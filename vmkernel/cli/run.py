@@ -157,9 +157,9 @@ class _Run:
             trace.mark("command: VM up")
             recipe = find_image(settings.recipe, settings).recipe
             plan = source.plan(recipe.language.name, engine=recipe.engine == "python")
-            return await self._run(vm, plan)
+            return await self._run(vm, plan, trusted=settings.outputs == "trusted")
 
-    async def _run(self, vm: VmHandle, plan: Plan) -> int:
+    async def _run(self, vm: VmHandle, plan: Plan, *, trusted: bool) -> int:
         from vmkernel import trace
         from vmkernel.cli.foreground import run_code
         from vmkernel.cli.output import say_skipped
@@ -186,6 +186,7 @@ class _Run:
                 timeout=self._timeout,
                 account=self.account if self._as_json else None,
                 script=bool(plan.prologue),
+                trusted=trusted,
             )
         except VmTimeoutError as error:
             error.hint = "give it more time (--timeout), or less to do"
@@ -198,6 +199,7 @@ class _Run:
     async def _get(self, vm: VmHandle, item: Transfer, code_failed: bool) -> None:
         from vmkernel.cli.output import say_skipped
         from vmkernel.errors import VmError
+        from vmkernel.text import plain_text
 
         try:
             size = await vm.get(item.source, Path(item.target), on_skip=say_skipped)
@@ -205,6 +207,6 @@ class _Run:
             if not code_failed:
                 raise
             # Code that failed may not have come so far: its exit code tells more than ours would
-            click.echo(f"vmkernel: --out {item.source}: {error.message}", err=True)
+            click.echo(f"vmkernel: --out {item.source}: {plain_text(error.message)}", err=True)
             return
         self.account.files["out"].append({**item._asdict(), "bytes": size})

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 import select
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from vmkernel.text import TerminalFilter, plain_text
 
 if TYPE_CHECKING:
     from vmkernel.models import Output, RunError
 
 _STDOUT, _STDERR = 1, 2
-# ECMA-48, 5.4: a control sequence; and an operating system command (a link, a window's title)
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)")
 
 
 class Abandoned(BaseException):
@@ -23,6 +22,9 @@ class Abandoned(BaseException):
 class Streams:
     """Where outputs go. ``show`` is for the event loop: it never raises, and what cannot be
     written is told by ``on_failure(OSError)``, once; everything after that is dropped.
+
+    A terminal obeys what is written to it, so it gets no more of a guest's control sequences than a
+    notebook does. A pipe or a file gets the bytes as they are, as from any program.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class Streams:
         *,
         results: bool = False,
         script: bool = False,
+        trusted: bool = False,
     ) -> None:
         """``results``: the value of the last expression is shown, too.  ``script``: the code itself
-        has told why it exits."""
+        has told why it exits.  ``trusted``: also a terminal gets everything."""
         self.blocked = False
         """Whether nobody takes what we write: then a signal's handler may raise `Abandoned`."""
         self.error_shown = False
@@ -42,6 +45,9 @@ class Streams:
         self._script = script
         self._dropping = False
         self._colours = os.isatty(_STDERR) and not os.environ.get("NO_COLOR")
+        self._filters = {
+            fd: TerminalFilter() for fd in (_STDOUT, _STDERR) if not trusted and os.isatty(fd)
+        }
 
     def show(self, output: Output) -> None:
         """Write one output."""
@@ -80,10 +86,20 @@ class Streams:
             lines = [f"{name}: {value}"]
         if lines:
             text = "\n".join(lines)
-            self.write(_STDERR, (text if self._colours else plain(text)) + "\n")
+            self.write(_STDERR, (text if self._colours else plain_text(text)) + "\n")
 
     def write(self, fd: int, text: str) -> None:
         """Write all of *text*, however slowly it is read."""
+        if fd in self._filters:
+            text = self._filters[fd].feed(text)
+        self._write(fd, text)
+
+    def close(self) -> None:
+        """The code has ended: leave a terminal no colour of its."""
+        for fd, stream in self._filters.items():
+            self._write(fd, stream.flush())
+
+    def _write(self, fd: int, text: str) -> None:
         data = memoryview(text.encode("utf-8", "replace"))
         try:
             while data and not self._dropping:
@@ -111,11 +127,6 @@ def as_text(data: object) -> str | None:
     if isinstance(text, list):  # nbformat allows lines, too
         text = "".join(map(str, text))
     return text if isinstance(text, str) else None
-
-
-def plain(text: str) -> str:
-    """Without colours and other control sequences of terminals."""
-    return _CONTROL.sub("", text)
 
 
 def _is_status(value: str) -> bool:

@@ -136,6 +136,7 @@ def _for_each(
 ) -> None:
     """Do it with each VM, say what was done, and end with 1 when one could not be had."""
     from vmkernel import VmManager
+    from vmkernel.cli.output import say_error
     from vmkernel.host.registry import Registry
     from vmkernel.settings import load_settings
 
@@ -147,7 +148,7 @@ def _for_each(
         except VmError as error:
             if missing_is_fine and isinstance(error, VmNotFoundError):
                 return True
-            click.echo(f"vmkernel: error: {error.explain()}", err=True)
+            say_error(error)
             return False
         return True
 
