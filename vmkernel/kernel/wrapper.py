@@ -22,6 +22,7 @@ from vmkernel.host import contents
 from vmkernel.kernel import local
 from vmkernel.kernel.history import History
 from vmkernel.kernel.lane import EXECUTE, Exchange, Lane
+from vmkernel.kernel.policy import Outputs
 from vmkernel.kernel.questions import Questions
 from vmkernel.kernel.sockets import Request, Sockets
 from vmkernel.kernel.supply import GuestSupply
@@ -80,6 +81,7 @@ class Wrapper:
         self.supply = GuestSupply(settings, label, begun, self, failure)
         self.history = history
         self.execution_count = 0
+        self._outputs = Outputs(settings.outputs)
         self._main = Lane(self, self._on_lane_failure)
         self._subshells: dict[str, Lane] = {}
         self._with_guest: dict[str, Exchange] = {}
@@ -145,6 +147,7 @@ class Wrapper:
     def _to_lane(self, request: Request) -> None:
         subshell_id = request.subshell_id
         if request.msg_type in COMM_TYPES:
+            self._outputs.heard(request.msg_type, request.content)
             subshell_id = self._comms.get(str(request.content.get("comm_id")), subshell_id)
         if not subshell_id:
             self._main.add(request)
@@ -390,16 +393,19 @@ class Wrapper:
             return
         if exchange.asked:  # after an interrupt it may ask again; nobody can answer a flood
             self.supply.charge(pace.QUESTION)
-        exchange.question = self.sockets.reply(
-            request, "input_request", contents.question(message.content), channel="stdin"
-        )
+        question = self._outputs.prompt(contents.question(message.content))
+        exchange.question = self.sockets.reply(request, "input_request", question, channel="stdin")
         exchange.asked = True
 
     def _on_reply(
         self, exchange: Exchange, message: messages.FromGuest, buffers: Sequence[memoryview]
     ) -> None:
         exchange.replied = True
-        request, content = exchange.request, message.content
+        request = exchange.request
+        content, metadata, buffers = self._outputs.reply(
+            message.msg_type, (message.content, message.metadata, buffers), request.msg_id
+        )
+        self._tell_removed(request.raw[0])
         if request.msg_type == EXECUTE:
             count = contents.count_in(content)
             self.execution_count = self.execution_count if count is None else count
@@ -415,7 +421,6 @@ class Wrapper:
                 lane.retire()
         if exchange.own is not None:
             content = exchange.own
-        metadata = message.metadata
         if "started" in metadata:
             # As all dates, of the host's clock: front ends subtract it from the reply's
             metadata = {**metadata, "started": exchange.started}
@@ -449,17 +454,27 @@ class Wrapper:
         ):
             self._odd("cells shown that do not begin", message)
         else:
+            header = parent[0] if parent is not None else b"{}"
+            passed = self._outputs.iopub(
+                msg_type,
+                (content, message.metadata, buffers),
+                message.parent_id,
+                exchange.request.content if exchange is not None else None,
+            )
+            self._tell_removed(header)
+            if parent is not None:
+                self._parents.move_to_end(message.parent_id)  # a thread that goes on
+            if passed is None:
+                return
+            content, metadata, buffers = passed
             if msg_type in COMM_TYPES:
                 self._note_comm(message, parent)
             elif msg_type in ("execute_input", "execute_result") and exchange is not None:
-                self._note_history(exchange, message)
+                self._note_history(exchange, msg_type, content)
                 if msg_type == "execute_input":
                     exchange.shown = True
                     content = {**content, "code": exchange.request.content.get("code", "")}
-            if parent is not None:
-                self._parents.move_to_end(message.parent_id)  # a thread that goes on
-            header = parent[0] if parent is not None else b"{}"
-            self.sockets.publish(msg_type, content, header, message.metadata, buffers)
+            self.sockets.publish(msg_type, content, header, metadata, buffers)
 
     def _on_status(self, message: messages.FromGuest, exchange: Exchange | None) -> None:
         """The guest is done with a request: the end is all that it says of its state."""
@@ -474,21 +489,28 @@ class Wrapper:
             self.sockets.status("busy", header)
             self.sockets.status("idle", header)
 
-    def _note_history(self, exchange: Exchange, message: messages.FromGuest | None) -> None:
+    def _tell_removed(self, header: bytes) -> None:
+        """Say what the output policy took out of a message, in the output of its cell."""
+        if notice := self._outputs.notice():
+            self.sockets.stderr(notice, header)
+
+    def _note_history(
+        self, exchange: Exchange, msg_type: str, content: dict[str, Any] | None
+    ) -> None:
         """Keep a cell, as the front end sent it, and its result's text.
 
-        ``message`` is the guest's about it; None when it died before there was one.
+        ``content`` is the guest's message about it; None when it died before there was one.
         """
         asked = exchange.request.content
         if asked.get("silent") or not asked.get("store_history", True):
             return
-        count = None if message is None else message.content.get("execution_count")
-        if message is None or message.msg_type == "execute_input":
+        count = None if content is None else content.get("execution_count")
+        if content is None or msg_type == "execute_input":
             if not exchange.noted:  # a guest may say it twice
                 exchange.noted = True
                 self.history.record(count, str(asked.get("code")))
         else:
-            data = message.content.get("data")
+            data = content.get("data")
             if isinstance(data, dict):
                 self.history.output(count, data.get("text/plain"))
 
@@ -588,7 +610,7 @@ class Wrapper:
             if not exchange.done.done():
                 exchange.done.set_exception(error)
                 if exchange.request.msg_type == EXECUTE:
-                    self._note_history(exchange, None)
+                    self._note_history(exchange, "", None)
         lanes, self._subshells = self._subshells, {}
         self._comms.clear()
         self._meanwhile.clear()
