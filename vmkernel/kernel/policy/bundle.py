@@ -18,7 +18,9 @@ _SCRIPT_LINK = re.compile(r"(javascript|vbscript)(?=:)", re.IGNORECASE)
 
 def plain(value: str) -> str:
     """Text that a front end shows with its colours, and in which it makes links of addresses."""
-    return without_script_links(terminal.terminal_text(value))
+    if not terminal.is_harmless(value):
+        value = terminal.TerminalFilter().feed(value)
+    return without_script_links(value)
 
 
 def without_script_links(value: str) -> str:
