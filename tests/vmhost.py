@@ -127,8 +127,13 @@ class VmHost:
         return [pid for pid in _pids() if self._is_ours(_command_line(pid))]
 
     def _is_ours(self, command_line: bytes) -> bool:
-        # From the first exec on: setpriv and the shell carry QEMU's arguments, too.
-        return b"-name\0vmkernel-" in command_line and self._mark in command_line
+        # From the last exec on: what starts and encloses QEMU carries its arguments, too.
+        program = command_line.partition(b"\0")[0].rpartition(b"/")[2].decode()
+        return (
+            b"-name\0vmkernel-" in command_line
+            and self._mark in command_line
+            and program not in ("setpriv", "sh", "env", "nice", "systemd-run", "bwrap")
+        )
 
     @property
     def _mark(self) -> bytes:

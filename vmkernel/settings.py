@@ -41,6 +41,7 @@ from vmkernel.values import (
 
 Accelerator = Literal["auto", "kvm", "tcg"]
 OutputPolicy = Literal["safe", "trusted"]
+SandboxChoice = Literal["auto", "required", "off"]
 Switch = Literal["on", "off"]
 
 SYSTEM_CONFIG = Path("/etc/vmkernel/config.toml")
@@ -105,6 +106,13 @@ FIELDS: dict[str, Field] = {
         "auto, kvm or tcg",
         "How QEMU runs the guest: `kvm` by the processor, `tcg` by emulation; `auto` takes KVM "
         "only after a guest has really booted with it.",
+    ),
+    "sandbox": Field(
+        choice("auto", "required", "off"),
+        "auto, required or off",
+        "Whether QEMU runs in bubblewrap, out of reach of the network, of other processes and of "
+        "files: `auto`, wherever that works (`vmkernel doctor` says if it does here); `required`: "
+        "or no VM starts.",
     ),
     "outputs": Field(
         choice("safe", "trusted"),
@@ -206,6 +214,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     idle_timeout: float | None = None
     max_output: int = 16
     accelerator: Accelerator = "auto"
+    sandbox: SandboxChoice = "auto"
     outputs: OutputPolicy = "safe"
     max_concurrent_vms: int = msgspec.field(default_factory=lambda: default_vm_limit())  # noqa: PLW0108 - defined below
     max_concurrent_boots: int = 1

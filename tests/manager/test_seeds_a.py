@@ -41,7 +41,7 @@ from vmkernel import (
     VmNotFoundError,
     VmState,
 )
-from vmkernel.host import processes, reaper
+from vmkernel.host import processes, reaper, running
 from vmkernel.host.registry import Registry, vms_dir
 from vmkernel.host.startlock import StartLock
 
@@ -61,7 +61,7 @@ async def test_A1_the_record_matches_the_process_table(host: VmHost) -> None:
         runner, qemu = identity(status.record.runner), identity(status.record.qemu)
         assert host.qemus() == [qemu.pid]
         assert runners(host) == [runner.pid]
-        assert psutil.Process(qemu.pid).ppid() == runner.pid
+        assert running.owner(qemu) == runner
         assert psutil.Process(runner.pid).ppid() == os.getpid()
         assert os.getsid(runner.pid) == runner.pid
         boot = psutil.boot_time()
@@ -89,7 +89,7 @@ async def test_A1_a_notebooks_runner_is_the_wrapper_kernel_itself(host: VmHost) 
         with Registry(host.settings()) as record:
             (status,) = record.list()
         assert status.record.runner == processes.identify_self()
-        assert psutil.Process(identity(status.record.qemu).pid).ppid() == os.getpid()
+        assert running.owner(identity(status.record.qemu)) == processes.identify_self()
         assert runners(host) == []
 
 

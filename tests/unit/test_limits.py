@@ -19,6 +19,7 @@ from vmkernel.vm.limits import (
 
 QEMU = ["/usr/bin/qemu", "-m", "512M"]
 USER_SLICE = "sys/fs/cgroup/user.slice/user-1000.slice/user@1000.service"
+DIE_WITH_PARENT = ["/usr/bin/setpriv", "--pdeathsig", "KILL"]
 NOBODY = Holder(None, "systemd does not run here")
 
 
@@ -74,23 +75,34 @@ def test_this_host_can_be_looked_at() -> None:
 
 def test_without_a_quota_there_is_the_shell_and_nothing_else() -> None:
     command = start_command(QEMU, Limits(512), None, 4711)
-    assert command[:2] == ["/bin/sh", "-c"]
-    assert command[3:] == ["4711", *QEMU]
-    assert "ulimit -c 0; ulimit -d 2621440 " in command[2]
+    assert command[:6] == [*DIE_WITH_PARENT, "--", "/bin/sh", "-c"]
+    assert command[7:] == ["4711", *QEMU]
+    assert "ulimit -c 0; ulimit -d 2621440 " in command[6]
+    assert "ulimit -u" not in command[6]
     assert start_environment(Limits(512), None) == {"LC_ALL": "C"}
 
 
 def test_a_quota_without_systemd_is_low_priority() -> None:
     command = start_command(QEMU, Limits(512, 50), NOBODY, 4711)
-    assert command[4:] == ["/usr/bin/nice", "-n", "10", *QEMU]
+    assert command[8:] == ["/usr/bin/nice", "-n", "10", *QEMU]
 
 
+def test_a_user_of_its_own_has_a_limit_on_its_tasks() -> None:
+    command = start_command(QEMU, Limits(512), None, 4711, ["--reuid=65537"])
+    assert command[:7] == [*DIE_WITH_PARENT, "--reuid=65537", "--", "/bin/sh", "-c"]
+    assert "ulimit -u 256; " in command[7]
+
+
+@pytest.mark.parametrize("user", [[], ["--reuid=65537"]])
 @pytest.mark.parametrize("manager", ["system", "user"])
-def test_a_quota_with_systemd_is_a_scope(manager: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quota_with_systemd_is_a_scope(
+    manager: str, user: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
     holder = Holder(manager, "")  # type: ignore[arg-type]
-    command = start_command(QEMU, Limits(512, 150), holder, 4711)
-    assert command[3:] == [
+    command = start_command(QEMU, Limits(512, 150), holder, 4711, user)
+    assert command[:6] == [*DIE_WITH_PARENT, "--", "/bin/sh", "-c"]
+    assert command[7:] == [
         "4711",
         "/usr/bin/systemd-run",
         f"--{manager}",
@@ -103,9 +115,8 @@ def test_a_quota_with_systemd_is_a_scope(manager: str, monkeypatch: pytest.Monke
         "--property=MemoryMax=1024M",
         "--property=TasksMax=256",
         "--",
-        "/usr/bin/env",
-        "-i",
-        "LC_ALL=C",
+        # As another user systemd-run would not be heard; who becomes one forgets the signal
+        *([*DIE_WITH_PARENT, *user, "--"] if user else []),
         *QEMU,
     ]
     environment = start_environment(Limits(512, 150), holder)

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from vmhost import RunningVm, VmHost
+from vmkernel.host import processes, running
 from vmkernel.vm import limits, qemu
 from vmkernel.vm.limits import DATA_MIB, MEMORY_MIB, NICE, Holder
 
@@ -52,10 +53,14 @@ def limit(pid: int, name: str) -> list[str]:
     raise AssertionError(name)
 
 
+def environment(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/environ").read_text().split("\0")[:-1]
+
+
 async def test_every_vm_has_its_limits_and_stays_within_them(host: VmHost) -> None:
     settings = host.settings()
     async with RunningVm(settings) as vm:
-        pid = vm.guest.vm.process.pid
+        pid = vm.guest.vm.process.qemu_pid
         data = (settings.memory + DATA_MIB) << 20
         assert limit(pid, "Max data size") == [str(data)] * 2
         assert limit(pid, "Max core file size") == ["0"] * 2
@@ -73,7 +78,7 @@ async def test_a_quota_that_nobody_holds_is_low_priority(
     holder = Holder(None, "not here")
     monkeypatch.setattr(qemu, "find_holder", lambda uid, environ: holder)
     async with RunningVm(host.settings(VMKERNEL_CPU_QUOTA="50%")) as vm:
-        process = psutil.Process(vm.guest.vm.process.pid)
+        process = psutil.Process(vm.guest.vm.process.qemu_pid)
         assert process.nice() == psutil.Process().nice() + NICE
         threads = [f"/proc/{process.pid}/task/{thread.id}/stat" for thread in process.threads()]
         nices = {Path(thread).read_text().rpartition(")")[2].split()[16] for thread in threads}
@@ -100,11 +105,14 @@ async def test_a_scopes_command_starts_the_same_qemu(
     monkeypatch.setattr(qemu, "find_holder", lambda uid, environ: Holder("user", "a stand-in"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/4711")
     async with RunningVm(host.settings(VMKERNEL_CPU_QUOTA="50%")) as vm:
-        pid = vm.guest.vm.process.pid
+        pid = vm.guest.vm.process.qemu_pid
         assert "qemu" in psutil.Process(pid).name()
-        assert psutil.Process(pid).ppid() == os.getpid()
+        qemu_process = processes.identify(pid)
+        assert qemu_process is not None
+        assert running.owner(qemu_process) == processes.identify_self()
         assert os.getsid(pid) == pid
-        assert Path(f"/proc/{pid}/environ").read_bytes() == b"LC_ALL=C\0"
+        names = {entry.partition("=")[0] for entry in environment(pid)}
+        assert names <= {"LC_ALL", "LD_PRELOAD", "PWD"}  # the last is bubblewrap's
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         assert limit(pid, "Max core file size") == ["0"] * 2
         assert await vm.run("print(6 * 7)") == "42\n"

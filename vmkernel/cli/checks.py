@@ -22,6 +22,7 @@ from vmkernel.cli.checks_host import (
     disk_space,
     limits,
     memory,
+    sandbox,
     start_tools,
 )
 from vmkernel.errors import SettingsError, VmError
@@ -47,6 +48,7 @@ def run_checks() -> list[Check]:
     rest: tuple[tuple[str, Callable[[Settings], Check]], ...] = (
         ("QEMU", _qemu),
         ("accelerator", _accelerator),
+        ("sandbox", sandbox),
         ("programs", start_tools),
         ("image", _image),
         ("image building", build_tools),

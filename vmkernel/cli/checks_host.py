@@ -151,6 +151,30 @@ def cpu_quota(settings: Settings) -> Check:
     )
 
 
+def sandbox(settings: Settings) -> Check:
+    """What stands between a QEMU that was broken out of and this host."""
+    from vmkernel.errors import VmError
+    from vmkernel.vm.qemu import find_qemu
+    from vmkernel.vm.sandbox import find_sandbox
+
+    name = "sandbox"
+    try:
+        qemu = find_qemu(settings.qemu, os.environ.get("PATH", os.defpath))
+        wall, problem, hint = find_sandbox(settings, qemu)
+    except VmError as error:
+        return Check(name, "note", f"not known without QEMU ({error})")
+    layers = ["QEMU's own seccomp filter", "the template open for reading only"]
+    if wall.own_user:
+        layers.append("a user id of its own for each VM of root's")
+    elif os.geteuid() == 0:
+        layers.append("QEMU runs as root")
+    if not problem:
+        layers.insert(0, "bubblewrap with namespaces, a file system of its own and a filter")
+        return Check(name, "ok", "; ".join(layers))
+    found = f"QEMU runs without bubblewrap: {problem}. There is: {'; '.join(layers)}"
+    return Check(name, "missing" if settings.sandbox == "required" else "warning", found, hint)
+
+
 def limits(settings: Settings) -> Check:
     """The limits of this shell, which a kernel started from it inherits."""
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

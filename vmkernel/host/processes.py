@@ -18,6 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from vmkernel.vm.wall import VM_UIDS
+
 
 class ProcessIdentity(NamedTuple):
     """One process for good: ``start_time`` in clock ticks since boot."""
@@ -128,12 +130,13 @@ def describe(pid: int) -> str:
 
 
 def own_processes() -> Iterator[int]:
-    """The pids of all processes of this user."""
+    """The pids of all processes of this user; of root's VMs, too, which have users of their own."""
     uid = os.geteuid()
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it ended meanwhile
-                if entry.stat().st_uid == uid:
+                owner = entry.stat().st_uid
+                if owner == uid or (uid == 0 and owner in VM_UIDS):
                     yield int(entry.name)
 
 

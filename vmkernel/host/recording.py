@@ -91,12 +91,18 @@ class Recorder:
         else:
             self.write(lambda: self._registry.add(record))
 
-    def running(self) -> None:
-        """Its guest is awake."""
+    def running(self, record: VmRecord) -> None:
+        """Its guest is awake.  ``record`` says which process is QEMU."""
 
         def change() -> None:
             with suppress(VmNotFoundError):  # it could not be put on record
-                self._registry.update(self._vm_id, state=VmState.RUNNING, started=time.time())
+                self._registry.update(
+                    self._vm_id,
+                    state=VmState.RUNNING,
+                    started=time.time(),
+                    qemu_pid=record.qemu_pid,
+                    qemu_start=record.qemu_start,
+                )
 
         self.write(change)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 YOUNG = 10.0
 """Seconds for which nothing is held against what has no owner and no row: its maker is at it."""
 
+_BEFORE_QEMU = ("setpriv", "sh", "env", "nice", "systemd-run", "bwrap")
 _NAME = re.compile(r"vmkernel-(vm-[0-9a-f]{8})\.([0-9a-f]{8})")
 
 
@@ -35,8 +36,8 @@ def find_qemus(settings: Settings) -> dict[ProcessIdentity, str]:
     found = {}
     for pid in processes.own_processes():
         words = processes.arguments(pid)
-        # From the last exec on: setpriv and the shell before it carry QEMU's arguments, too.
-        if "-name" not in words[:-1] or Path(words[0]).name in ("setpriv", "sh"):
+        # From the last exec on: what starts and encloses QEMU carries its arguments, too.
+        if "-name" not in words[:-1] or Path(words[0]).name in _BEFORE_QEMU:
             continue
         name = _NAME.fullmatch(words[words.index("-name") + 1])
         identity = processes.identify(pid)
@@ -51,11 +52,11 @@ def owner(qemu: ProcessIdentity) -> ProcessIdentity | None:
     Not merely the parent: who adopted an orphan (init, a user's systemd) is that, too.
     """
     pid = qemu.pid
-    while (parent := processes.parent(pid)) and not processes.has_pidfd(parent, pid):
+    while parent := processes.parent(pid):
         if not any(_NAME.fullmatch(word) for word in processes.arguments(parent)):
-            return None
-        pid = parent  # QEMU under a wrapper, as bwrap
-    return processes.identify(parent) if parent else None
+            return processes.identify(parent) if processes.has_pidfd(parent, pid) else None
+        pid = parent  # bubblewrap around QEMU, or what became it
+    return None
 
 
 def age(process: ProcessIdentity) -> float:

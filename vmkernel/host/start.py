@@ -27,7 +27,7 @@ from vmkernel.errors import (
 )
 from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
-from vmkernel.host.processes import tag_of
+from vmkernel.host.processes import identify, tag_of
 from vmkernel.host.recording import Recorder
 from vmkernel.host.shielded import to_its_end
 from vmkernel.host.trees import remove_tree
@@ -35,6 +35,7 @@ from vmkernel.models import ENDED, VmState
 from vmkernel.vm import accel
 from vmkernel.vm.machine import Spawned, spawn
 from vmkernel.vm.qemu import find_qemu
+from vmkernel.vm.sandbox import find_wall
 from vmkernel.vm.template import Spec, Template, ensure_template, find_template
 
 if TYPE_CHECKING:
@@ -212,11 +213,16 @@ class VmStart:
             await guest.vm.attach(console, self.settings.console_log_size << 20)
             await guest.vm.load(self.settings.start_timeout)
             trace.mark("state loaded")
+            # Until now that of bubblewrap, if there is one around it
+            qemu = identify(guest.vm.process.qemu_pid)
+            if qemu is not None:
+                pids = {"qemu_pid": qemu.pid, "qemu_start": qemu.start_time}
+                self.record = msgspec.structs.replace(started.record, **pids)
             await guest.wake(self.settings.start_timeout)
             await self._recorder.written()
             awake = True
             trace.mark("guest awake")
-            self._recorder.running()
+            self._recorder.running(self.record)
             if self.label.vm_id:  # who is told that it runs will look it up
                 await self._recorder.written()
             if begun is not None:  # begin() was in a hurry; what it left undone delays nobody now
@@ -430,6 +436,7 @@ def _spawn_clone(
             f"the directory for the VM's logs, {directory}, could not be made: {error}",
             hint="free space there, make it writable, or set VMKERNEL_STATE_DIR",
         ) from error
+    wall = find_wall(settings, spec.qemu)
     scratch = template.open_scratch(settings.cache_dir)
     state = -1
     try:
@@ -438,6 +445,8 @@ def _spawn_clone(
         spawned = spawn(
             msgspec.structs.replace(machine, tag=tag_of(settings.database_file)),
             directory,
+            wall=wall,
+            slot=slot.index,
             keep_fds=(slot.fd, state),
             cpu_quota=settings.cpu_quota,
         )
@@ -458,8 +467,6 @@ def _spawn_clone(
         from vmkernel.host.waking import write_ahead
 
         write_ahead(spawned.kernel, environment(label))
-        from vmkernel.host.processes import identify
-
         qemu = identify(spawned.process.pid)
         record = msgspec.structs.replace(
             record,

@@ -23,6 +23,7 @@ import msgspec
 from vmkernel.errors import TemplateError, VmBootError, VmError
 from vmkernel.protocol import messages
 from vmkernel.vm.machine import Vm, spawn
+from vmkernel.vm.sandbox import find_wall
 from vmkernel.vm.template import (
     FORMAT,
     KEEP_UNUSED,
@@ -80,6 +81,7 @@ async def build_template(
             if target.exists():  # damaged; running clones keep their open files
                 _remove(target.rename(work.with_name(f"{work.name}-old")))
             work.rename(target)
+            _sync_directory(directory)
         _prune(settings, keep=target)
         return Template(target, manifest)
     finally:
@@ -133,7 +135,7 @@ class _Boot:
         scratch_fd = os.open(work / "scratch.raw", os.O_RDWR | os.O_CLOEXEC)
         machine = spec.machine(
             vm_id=f"template-{os.getpid()}",
-            kernel=spec.kernel or str(spec.image.kernel),
+            kernel=str(work / "kernel"),
             initrd=str(work / "initrd"),
             scratch_fd=scratch_fd,
             scratch_format="raw",
@@ -147,7 +149,7 @@ class _Boot:
         try:
             with disk_errors(logs):
                 logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-            spawned = spawn(machine, logs)
+                spawned = spawn(machine, logs, wall=find_wall(settings, spec.qemu))
         finally:
             os.close(scratch_fd)
         self.vm = Vm(
@@ -294,7 +296,7 @@ def _require_space(spec: Spec, directory: Path) -> None:
 
 
 def _prepare_files(spec: Spec, work: Path) -> None:
-    """RAM file, initrd and scratch disk of a boot, in ``work``.  Raises OSError, TemplateError."""
+    """A boot's files in ``work``: RAM, kernel, initrd, disks.  Raises OSError, TemplateError."""
     with open(work / "ram", "xb") as ram:
         ram.truncate(spec.memory << 20)
     with open(work / "scratch.raw", "xb") as scratch:
@@ -310,6 +312,10 @@ def _prepare_files(spec: Spec, work: Path) -> None:
         str(work / "scratch.qcow2"), f"{spec.scratch_size}M", package="qemu-utils",
     )  # fmt: skip
     _make_initrd(spec, work)
+    # A copy, since a QEMU of root's, which is another user's, may not be able to read the original
+    shutil.copyfile(spec.kernel or spec.image.kernel, work / "kernel")
+    for name in ("kernel", "initrd"):
+        (work / name).chmod(0o444)
 
 
 def _make_initrd(spec: Spec, work: Path) -> None:
@@ -362,10 +368,14 @@ def _run(*command: str, package: str) -> None:
 def _finish(spec: Spec, key: str, work: Path, kernel_info: dict[str, Any]) -> Manifest:
     """Checksums and manifest; everything is on the disk when this returns."""
     (work / "initrd").unlink()
+    (work / "kernel").unlink()
     files: dict[str, FileRecord] = {}
     for name in ("ram", "state", "scratch.raw", "scratch.qcow2"):
         path = work / name
-        path.chmod(0o400 if name != "ram" else 0o600)  # QEMU 7.2 opens RAM read-write
+        os.chown(path, os.geteuid(), os.getegid())  # root's QEMU had it (`vm.wall`)
+        # A clone of root's reads the first two as another user, by descriptor; the directory is
+        # closed to all others
+        path.chmod(0o444 if name in ("ram", "scratch.raw") else 0o400)
         fd = os.open(path, os.O_RDONLY)
         os.fsync(fd)
         os.close(fd)
@@ -381,7 +391,17 @@ def _finish(spec: Spec, key: str, work: Path, kernel_info: dict[str, Any]) -> Ma
         file.write(msgspec.json.format(msgspec.json.encode(manifest)))
         file.flush()
         os.fsync(file.fileno())
+    _sync_directory(work)
     return manifest
+
+
+def _sync_directory(directory: Path) -> None:
+    """Names and renamings in it are on the disk, too (fsync(2))."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _sweep(directory: Path, key: str) -> None:

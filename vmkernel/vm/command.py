@@ -75,6 +75,9 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """File behind the guest's RAM, at least ``memory_mib`` long."""
     ram_share: bool
     """True: writes go to the file (a template that is being made). False: they stay private."""
+    ram_read_only: bool = False
+    """Tell QEMU (8.2 and later) to open that file for reading only; the guest may write all the
+    same."""
     incoming: bool
     """True: wait for a saved state instead of booting."""
     monitor_fd: int
@@ -195,6 +198,7 @@ def machine_fingerprint(machine: Machine) -> str:
         scratch_base=None if machine.scratch_base is None else "SCRATCH_BASE",
         ram_path="RAM",
         ram_share=False,
+        ram_read_only=False,
         incoming=True,
         monitor_fd=0,
         kernel_port_fd=0,
@@ -231,7 +235,8 @@ def _cpu(accelerator: Accelerator) -> list[str]:
 def _ram(m: Machine) -> str:
     share = "on" if m.ram_share else "off"
     path = _escape(m.ram_path)
-    return f"memory-backend-file,id=ram0,size={m.memory_mib}M,mem-path={path},share={share}"
+    ram = f"memory-backend-file,id=ram0,size={m.memory_mib}M,mem-path={path},share={share}"
+    return f"{ram},readonly=on,rom=off" if m.ram_read_only else ram
 
 
 def _rootfs(m: Machine) -> str:

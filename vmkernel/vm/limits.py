@@ -35,8 +35,11 @@ written of files counts, too, in a cgroup, but is given back when it gets tight.
 TASKS = 256
 """Threads: processors, the disks' (64 at most), and a few."""
 
+SETPRIV = "/usr/bin/setpriv"
+"""Of util-linux, an essential package of Debian and Ubuntu."""
 _SYSTEMD_RUN = "/usr/bin/systemd-run"
-_START = 'ulimit -c 0; ulimit -d {data} 2>/dev/null; cd / && [ "$PPID" = "$0" ] && exec "$@"'
+_DIE_WITH_PARENT = (SETPRIV, "--pdeathsig", "KILL")
+_START = 'ulimit -c 0; ulimit -d {data} 2>/dev/null; {tasks}cd / && [ "$PPID" = "$0" ] && exec "$@"'
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -80,21 +83,31 @@ def find_holder(uid: int, environ: Mapping[str, str], root: Path = Path("/")) ->
 
 
 def start_command(
-    argv: Sequence[str], limits: Limits, holder: Holder | None, parent: int
+    argv: Sequence[str],
+    limits: Limits,
+    holder: Holder | None,
+    parent: int,
+    user: Sequence[str] = (),
 ) -> list[str]:
     """The command that becomes ``argv`` under these limits, if ``parent`` still is its parent.
 
-    ``holder`` is needed with a quota only.
+    ``holder`` is needed with a quota only.  ``user``: options of setpriv for another user.  It dies
+    with its parent (PR_SET_PDEATHSIG).
     """
     data = (limits.memory + DATA_MIB) << 10
-    words = ["/bin/sh", "-c", _START.format(data=data), str(parent)]
+    tasks = f"ulimit -u {TASKS}; " if user else ""
+    start = ["--", "/bin/sh", "-c", _START.format(data=data, tasks=tasks), str(parent)]
     if limits.cpu_quota is None:
-        return [*words, *argv]
+        return [*_DIE_WITH_PARENT, *user, *start, *argv]
     # Later versions of systemd-run replace $NAME in the words of the command, unasked
     if holder is None or holder.manager is None or any("$" in word for word in argv):
-        return [*words, "/usr/bin/nice", "-n", str(NICE), *argv]
+        return [*_DIE_WITH_PARENT, *user, *start, "/usr/bin/nice", "-n", str(NICE), *argv]
+    # As another user systemd-run would not be heard.  The signal is forgotten with a change of
+    # user; who loses its parent in that instant is found by its name (`host.reaper`)
+    become = [*_DIE_WITH_PARENT, *user, "--"] if user else []
     return [
-        *words,
+        *_DIE_WITH_PARENT,
+        *start,
         _SYSTEMD_RUN,
         f"--{holder.manager}",
         "--scope",
@@ -106,10 +119,7 @@ def start_command(
         f"--property=MemoryMax={limits.memory + MEMORY_MIB}M",
         f"--property=TasksMax={TASKS}",
         "--",
-        # What systemd-run was told of our environment is not for QEMU
-        "/usr/bin/env",
-        "-i",
-        "LC_ALL=C",
+        *become,
         *argv,
     ]
 

@@ -22,7 +22,8 @@ from vmkernel.protocol import messages
 from vmkernel.vm.command import Machine, qemu_argv
 from vmkernel.vm.console import ConsoleLog
 from vmkernel.vm.limits import Limits
-from vmkernel.vm.qemu import QemuProcess
+from vmkernel.vm.qemu import QemuProcess, find_qemu
+from vmkernel.vm.wall import Wall, enclose
 
 if TYPE_CHECKING:
     import asyncio
@@ -62,26 +63,38 @@ def spawn(
     machine: Machine,
     vm_dir: Path,
     *,
+    wall: Wall,
+    slot: int | None = None,
     keep_fds: tuple[int, ...] = (),
     cpu_quota: int | None = None,
+    command_line: Callable[[Machine], list[str]] = qemu_argv,
 ) -> Spawned:
     """Start QEMU for ``machine``, whose socket descriptors are filled in here.
 
-    ``vm_dir`` exists and gets ``qemu.log``.  ``keep_fds`` are inherited too (the slot's
-    lock).  ``cpu_quota`` in per cent of one processor.  From the main thread only (see vm.qemu).
-    Raises VmBootError.
+    ``vm_dir`` exists and gets ``qemu.log``.  ``wall`` is what is to enclose it, ``slot`` the number
+    of the VM's slot.  ``keep_fds`` are inherited too (the slot's lock).  ``cpu_quota`` in per cent
+    of one processor.  ``command_line``: something else that is to run in QEMU's place.  From the
+    main thread only (see vm.qemu).  Raises VmBootError, and OSError about the machine's files.
     """
+    find_qemu(machine.qemu, "")
     fields = ("monitor_fd", "kernel_port_fd", "agent_port_fd", "control_port_fd", "console_fd")
     pairs = [socket.socketpair() for _ in fields]
     theirs = {field: pair[1].fileno() for field, pair in zip(fields, pairs, strict=True)}
     machine = msgspec.structs.replace(machine, **theirs)
     try:
-        process = QemuProcess.spawn(
-            qemu_argv(machine),
-            pass_fds=(*machine.fds(), *keep_fds),
-            log_path=vm_dir / "qemu.log",
-            limits=Limits(machine.memory_mib, cpu_quota),
-        )
+        enclosed = enclose(wall, machine, slot, command_line)
+        try:
+            process = QemuProcess.spawn(
+                enclosed.argv,
+                pass_fds=(*machine.fds(), *enclosed.fds, *keep_fds),
+                log_path=vm_dir / "qemu.log",
+                limits=Limits(machine.memory_mib, cpu_quota),
+                user=enclosed.user,
+                info_fd=enclosed.info,
+            )
+        finally:
+            for fd in enclosed.fds:
+                os.close(fd)
     except BaseException:
         for ours, _ in pairs:
             ours.close()

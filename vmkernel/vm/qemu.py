@@ -3,7 +3,8 @@
 Where it stands: ``vm.command`` says with which arguments, ``vm.machine`` and ``vm.template`` own
 the process; ``vm.monitor`` talks to it.
 
-How it is started. ``posix_spawn`` of ``setpriv --pdeathsig KILL /bin/sh -c 'check; exec qemu'``.
+How it is started. ``posix_spawn`` of ``setpriv --pdeathsig KILL /bin/sh -c 'check; exec qemu'``,
+or, where there is a wall to stand behind it (``vm.wall``), `exec bwrap … qemu`.
 Measured (2 cores, until the started program runs): 3.3 ms, without any import; ``subprocess`` with
 ``preexec_fn`` and ctypes for prctl: 23-50 ms in a fresh interpreter, 8 ms in one that has them
 imported, and it runs Python between fork and exec. So a wrapper kernel can start its VM before it
@@ -28,21 +29,32 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import select
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmkernel.errors import VmBootError, VmError, VmGuestError
 from vmkernel.vm.console import ConsoleLog
-from vmkernel.vm.limits import Holder, Limits, find_holder, start_command, start_environment
+from vmkernel.vm.limits import (
+    SETPRIV,
+    Holder,
+    Limits,
+    find_holder,
+    start_command,
+    start_environment,
+)
 
 if TYPE_CHECKING:
     import asyncio
 
-_SETPRIV = "/usr/bin/setpriv"  # util-linux, an essential package of Debian and Ubuntu
-_DIE_WITH_US = (_SETPRIV, "--pdeathsig", "KILL", "--")
 _LOG_CAP = 256 * 1024
 _SIGKILL = 9
+_BY_SIGNAL = 128
+"""An exit status above it is a signal's number and this, as shells have it."""
+_BWRAP_SECONDS = 2.0
+"""How long bubblewrap may take to end behind a QEMU that was killed."""
 _ALL_SIGNALS = [number for number in range(1, 32) if number not in (9, 19)]
 
 INSTALL_QEMU = "Install QEMU: sudo apt install qemu-system-x86"
@@ -53,6 +65,7 @@ _HINTS = (
         (sign, "Set VMKERNEL_CPU_QUOTA=none, or make systemd-run work (`vmkernel doctor`)")
         for sign in ("transient scope", "connect to bus")
     ),
+    ("bwrap: ", "Set VMKERNEL_SANDBOX=off, or see what `vmkernel doctor` says of the sandbox"),
     ("Could not access KVM kernel module", "Set VMKERNEL_ACCELERATOR=tcg, or make /dev/kvm usable"),
     ("failed to set MSR", "KVM does not work on this machine: set VMKERNEL_ACCELERATOR=tcg"),
     ("kvm", "Set VMKERNEL_ACCELERATOR=tcg, or see `vmkernel doctor`"),
@@ -84,14 +97,20 @@ def find_qemu(name: str, search_path: str) -> str:
 class QemuProcess:
     """A running (or ended) QEMU. ``repr`` shows which."""
 
-    def __init__(self, pid: int, pidfd: int, stderr_fd: int, log_path: Path) -> None:
+    def __init__(
+        self, pid: int, pidfd: int, stderr_fd: int, log_path: Path, info_fd: int = -1
+    ) -> None:
         self.pid = pid
+        """Of our child: QEMU, or the bubblewrap around it."""
         self.log = ConsoleLog(log_path, _LOG_CAP)
         """QEMU's stdout and stderr."""
         self.returncode: int | None = None
         """Exit status, or minus the signal's number; None while it runs."""
         self._pidfd = pidfd
         self._stderr_fd = stderr_fd
+        self._info_fd = info_fd
+        self._enclosed = info_fd >= 0
+        self._qemu = pid, pidfd
         self._exited: asyncio.Future[int] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -107,12 +126,16 @@ class QemuProcess:
         pass_fds: Iterable[int],
         log_path: Path,
         limits: Limits,
+        user: Sequence[str] = (),
+        info_fd: int = -1,
     ) -> QemuProcess:
         """Start ``argv`` (an absolute path first); call it from the main thread.
 
         ``pass_fds`` are inherited under their own numbers, and nothing else is; they stay the
-        caller's to close. Raises VmBootError when the program cannot be started. A QEMU that
-        dislikes its arguments is started, and ends: see `exited` and `failure`.
+        caller's to close. ``user``: options of setpriv. ``info_fd``: where bubblewrap says who
+        QEMU is, if ``argv`` begins with it; ours from now on. Raises VmBootError when the program
+        cannot be started. A QEMU that dislikes its arguments is started, and ends: see `exited`
+        and `failure`.
         """
         find_qemu(argv[0], "")
         holder: Holder | None = None
@@ -123,8 +146,8 @@ class QemuProcess:
         os.set_blocking(write_end, False)
         try:
             pid = os.posix_spawn(
-                _SETPRIV,
-                [*_DIE_WITH_US, *start_command(argv, limits, holder, os.getpid())],
+                SETPRIV,
+                start_command(argv, limits, holder, os.getpid(), user),
                 start_environment(limits, holder),
                 setsid=True,
                 setsigmask=(),
@@ -134,13 +157,21 @@ class QemuProcess:
             pidfd = os.pidfd_open(pid)  # ours to reap, so the number is still its own
         except OSError as error:
             os.close(read_end)
+            if info_fd >= 0:
+                os.close(info_fd)
             raise VmBootError(
                 f"QEMU could not be started: {error}",
-                hint=f"{_SETPRIV} (package util-linux) and /bin/sh are needed",
+                hint=f"{SETPRIV} (package util-linux) and /bin/sh are needed",
             ) from error
         finally:
             os.close(write_end)
-        return cls(pid, pidfd, read_end, log_path)
+        return cls(pid, pidfd, read_end, log_path, info_fd)
+
+    @property
+    def qemu_pid(self) -> int:
+        """Of QEMU itself; that of bubblewrap as long as there is no more."""
+        self._look_inside()
+        return self._qemu[0]
 
     def watch(self) -> asyncio.Future[int]:
         """Join the running event loop: its end resolves `exited`, its stderr goes to the log."""
@@ -165,26 +196,39 @@ class QemuProcess:
         return await asyncio.shield(self.exited)
 
     def kill(self) -> None:
-        """SIGKILL. No effect on one that has ended; never hits another process of that number."""
-        if self.returncode is None:
-            import signal
+        """SIGKILL. No effect on one that has ended; never hits another process of that number.
 
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, _SIGKILL)
+        QEMU itself, and bubblewrap ends behind it: who has waited for our child then knows that
+        all is over.  The other way round it would be, some moment later.
+        """
+        if self.returncode is None:
+            self._look_inside()
+            self._send_kill(self._qemu[1])
 
     async def close(self) -> int:
         """Kill, wait, and release descriptors; returns `returncode`. May be called twice."""
+        import asyncio
+
         self.kill()
-        status = await self.wait()
+        try:
+            async with asyncio.timeout(_BWRAP_SECONDS):
+                status = await self.wait()
+        except TimeoutError:  # bubblewrap was stopped, say, and cannot see that QEMU is gone
+            self._send_kill(self._pidfd)
+            status = await self.wait()
         self.log.close()
         return status
 
     def abandon(self) -> None:
         """Kill one that was never watched, and wait for that (milliseconds: it was just born)."""
         self.kill()
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if not poll.poll(_BWRAP_SECONDS * 1000):
+            self._send_kill(self._pidfd)
         os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         self.returncode = -_SIGKILL
-        os.close(self._pidfd)
+        self._forget()
         os.close(self._stderr_fd)
 
     def failure(self, what: str, kind: type[VmError] = VmBootError) -> VmError:
@@ -209,11 +253,55 @@ class QemuProcess:
         assert self._loop is not None
         assert self._exited is not None
         self._loop.remove_reader(self._pidfd)
-        self.returncode = _reap(self._pidfd)
-        os.close(self._pidfd)
-        self._pidfd = -1
+        status = _reap(self._pidfd)
+        if self._enclosed and status > _BY_SIGNAL:  # so bubblewrap tells how QEMU ended
+            status = _BY_SIGNAL - status
+        self.returncode = status
+        self._forget()
         if not self._exited.done():
             self._exited.set_result(self.returncode)
+
+    def _look_inside(self) -> None:
+        """Find out which process is QEMU, as soon as bubblewrap has told."""
+        if self._info_fd < 0:
+            return
+        try:
+            told = os.read(self._info_fd, 4096)
+        except BlockingIOError:
+            return
+        os.close(self._info_fd)
+        self._info_fd = -1
+        found = re.search(rb'"child-pid": *(\d+)', told)
+        if found is None:  # it ended before it made one
+            return
+        pid = int(found[1])
+        with contextlib.suppress(OSError):  # it has ended
+            pidfd = os.pidfd_open(pid)
+            # While its parent has not waited for it, the number is its own
+            if _parent(pid) == self.pid:
+                self._qemu = pid, pidfd
+            else:
+                os.close(pidfd)
+
+    @staticmethod
+    def _send_kill(pidfd: int) -> None:
+        import signal
+
+        if pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, _SIGKILL)
+
+    def _forget(self) -> None:
+        for fd in {self._pidfd, self._qemu[1], self._info_fd}:
+            if fd >= 0:
+                os.close(fd)
+        self._pidfd = self._info_fd = -1
+        self._qemu = self._qemu[0], -1
+
+
+def _parent(pid: int) -> int:
+    status = Path(f"/proc/{pid}/stat").read_bytes()
+    return int(status[status.rfind(b")") + 2 :].split()[1])  # proc(5)
 
 
 def _file_actions(keep: set[int], output: int) -> list[tuple[int, ...]]:

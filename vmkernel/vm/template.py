@@ -30,13 +30,14 @@ import msgspec
 
 from vmkernel.errors import TemplateError, VmError
 from vmkernel.vm.command import Accelerator, Machine, kernel_cmdline, machine_fingerprint
+from vmkernel.vm.wall import sealed_memory
 
 if TYPE_CHECKING:
     from vmkernel.image.recipe import Recipe
     from vmkernel.image.store import Image
     from vmkernel.settings import Settings
 
-FORMAT = 1
+FORMAT = 2
 KEEP_UNUSED = 14 * 24 * 3600
 """Seconds after its last use when a template makes room for a new one."""
 _FILES = ("ram", "state", "scratch.raw", "scratch.qcow2")
@@ -176,10 +177,23 @@ class Template:
         return fd
 
     def open_state(self) -> int:
-        """A descriptor of the device state, to be loaded by a clone."""
+        """A copy of the device state in memory, to be loaded by a clone, as a descriptor.
+
+        Not the file itself: QEMU could, once broken out of, change it for all later clones.
+        Raises TemplateError when it is not what was saved; the next start then finds no template.
+        """
+        path = self.directory / "state"
         with suppress(OSError):
             os.utime(self.directory / "used")  # for prune()
-        return os.open(self.directory / "state", os.O_RDONLY | os.O_CLOEXEC)
+        data = path.read_bytes()
+        if sha256_sparse(path) != self.manifest.files["state"].sha256:
+            with suppress(OSError):
+                os.utime(path)  # what `_load` sees
+            raise TemplateError(
+                f"the template {self.directory} is damaged: state has another checksum",
+                hint="start again: it is built anew; and look at the disk",
+            )
+        return sealed_memory("state", data)
 
 
 def _open_nameless(directory: Path) -> int:
