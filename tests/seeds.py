@@ -135,14 +135,16 @@ class Racers:
 
 
 def fake_qemu(directory: Path, fault: str) -> str:
-    """A program that is QEMU for whoever asks for its version, and else does ``fault``.
+    """A program that is QEMU for whoever asks what it is and can, and else does ``fault``.
 
     The shell's ``$REAL`` is the real one.
     """
     real = find_qemu("qemu-system-x86_64", os.environ["PATH"])
     script = directory / "qemu-system-x86_64"
     script.write_text(
-        f'#!/bin/sh\nREAL={real}\n[ "$1" = --version ] && exec "$REAL" --version\n{fault}\n'
+        f"#!/bin/sh\nREAL={real}\n"
+        'case "$1" in --version|-object) exec "$REAL" "$@";; esac\n'
+        f"{fault}\n"
     )
     script.chmod(0o755)
     return str(script)

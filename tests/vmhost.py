@@ -132,7 +132,7 @@ class VmHost:
         return (
             b"-name\0vmkernel-" in command_line
             and self._mark in command_line
-            and program not in ("setpriv", "sh", "env", "nice", "systemd-run", "bwrap")
+            and program not in ("setpriv", "sh", "env", "nice", "systemd-run", "unshare", "bwrap")
         )
 
     @property

@@ -21,7 +21,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from prerequisites import missing
@@ -42,7 +41,7 @@ from vmkernel import (
     VmOverlayError,
     VmRecord,
 )
-from vmkernel.host import keeper, runner_start
+from vmkernel.host import keeper, processes, runner_start, running
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -328,6 +327,14 @@ async def test_B5_a_qemu_that_does_not_boot(host: VmHost, does: str, says: str) 
         assert caught.value.code_ran == "no"
 
 
+def runner_of(qemu: int) -> int:
+    process = processes.identify(qemu)
+    assert process is not None
+    runner = running.owner(process)
+    assert runner is not None
+    return runner.pid
+
+
 @pytest.mark.parametrize("how", [signal.SIGSTOP, signal.SIGKILL])
 @pytest.mark.parametrize("whom", ["qemu", "runner"])
 async def test_B5_killed_or_stopped_while_it_wakes(
@@ -339,7 +346,7 @@ async def test_B5_killed_or_stopped_while_it_wakes(
         qemus: list[int] = []  # of one look: a process that becomes another is unseen for a moment
         await until(lambda: qemus.extend(host.qemus()) or qemus)
         qemu = qemus[0]
-        victim = qemu if whom == "qemu" else psutil.Process(qemu).ppid()
+        victim = qemu if whom == "qemu" else runner_of(qemu)
         os.kill(victim, how)
         with pytest.raises(VmError) as caught:
             await asyncio.wait_for(creating, 60)

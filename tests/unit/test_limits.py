@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -90,7 +91,12 @@ def test_a_quota_without_systemd_is_low_priority() -> None:
 def test_a_user_of_its_own_has_a_limit_on_its_tasks() -> None:
     command = start_command(QEMU, Limits(512), None, 4711, ["--reuid=65537"])
     assert command[:7] == [*DIE_WITH_PARENT, "--reuid=65537", "--", "/bin/sh", "-c"]
-    assert "ulimit -u 256; " in command[7]
+    assert "ulimit -u 256 " in command[7]
+    script = command[7].partition("cd /")[0]
+    shown = subprocess.run(
+        ["/bin/sh", "-c", f"{script} cat /proc/self/limits"], capture_output=True, text=True
+    )
+    assert re.search(r"^Max processes +256 +256 ", shown.stdout, re.MULTILINE), shown
 
 
 @pytest.mark.parametrize("user", [[], ["--reuid=65537"]])

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from vmkernel.errors import VmError, VmNotFoundError, VmStateError
-from vmkernel.host import reaper, wire
+from vmkernel.host import reaper, running, wire
 from vmkernel.host.client import Connection
 from vmkernel.host.handle import VmHandle
 from vmkernel.host.processes import ProcessIdentity, arguments, is_alive, kill
@@ -62,6 +62,15 @@ async def end_vm(
     # The record comes before the runner's last instant
     while is_alive(runner) and time.monotonic() < deadline + _KILL_SECONDS:  # noqa: ASYNC110
         await asyncio.sleep(_MOMENT / 4)
+    # And what dies with the runner has an instant more
+    while await asyncio.to_thread(_lives, settings, vm_id):
+        if time.monotonic() > deadline + _KILL_SECONDS:
+            break
+        await asyncio.sleep(_MOMENT / 4)
+
+
+def _lives(settings: Settings, vm_id: str) -> bool:
+    return vm_id in running.find_qemus(settings, enclosing=True).values()
 
 
 def _never_started(found: VmStatus) -> bool:

@@ -26,18 +26,23 @@ if TYPE_CHECKING:
 YOUNG = 10.0
 """Seconds for which nothing is held against what has no owner and no row: its maker is at it."""
 
-_BEFORE_QEMU = ("setpriv", "sh", "env", "nice", "systemd-run", "bwrap")
+_BEFORE_QEMU = ("setpriv", "sh", "env", "nice", "systemd-run", "unshare", "bwrap")
 _NAME = re.compile(r"vmkernel-(vm-[0-9a-f]{8})\.([0-9a-f]{8})")
 
 
-def find_qemus(settings: Settings) -> dict[ProcessIdentity, str]:
-    """Every QEMU of this record's VMs, and which VM it is."""
+def find_qemus(settings: Settings, *, enclosing: bool = False) -> dict[ProcessIdentity, str]:
+    """Every QEMU of this record's VMs, and which VM it is.
+
+    ``enclosing``: also what is around one, or about to become one.
+    """
     tag = processes.tag_of(settings.database_file)
     found = {}
     for pid in processes.own_processes():
         words = processes.arguments(pid)
         # From the last exec on: what starts and encloses QEMU carries its arguments, too.
-        if "-name" not in words[:-1] or Path(words[0]).name in _BEFORE_QEMU:
+        if "-name" not in words[:-1]:
+            continue
+        if Path(words[0]).name in _BEFORE_QEMU and not enclosing:
             continue
         name = _NAME.fullmatch(words[words.index("-name") + 1])
         identity = processes.identify(pid)

@@ -95,7 +95,8 @@ def start_command(
     with its parent (PR_SET_PDEATHSIG).
     """
     data = (limits.memory + DATA_MIB) << 10
-    tasks = f"ulimit -u {TASKS}; " if user else ""
+    # Where the user has nothing but this VM
+    tasks = f"{limit_tasks()}; " if user else ""
     start = ["--", "/bin/sh", "-c", _START.format(data=data, tasks=tasks), str(parent)]
     if limits.cpu_quota is None:
         return [*_DIE_WITH_PARENT, *user, *start, *argv]
@@ -122,6 +123,11 @@ def start_command(
         *become,
         *argv,
     ]
+
+
+def limit_tasks() -> str:
+    """A shell's command for it; bash and dash have different letters."""
+    return f"ulimit -u {TASKS} 2>/dev/null || ulimit -p {TASKS}"
 
 
 def start_environment(limits: Limits, holder: Holder | None) -> dict[str, str]:

@@ -90,7 +90,7 @@ def spawn(
                 log_path=vm_dir / "qemu.log",
                 limits=Limits(machine.memory_mib, cpu_quota),
                 user=enclosed.user,
-                info_fd=enclosed.info,
+                enclosed=bool(wall.bwrap),
             )
         finally:
             for fd in enclosed.fds:

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import select
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -53,8 +52,8 @@ _LOG_CAP = 256 * 1024
 _SIGKILL = 9
 _BY_SIGNAL = 128
 """An exit status above it is a signal's number and this, as shells have it."""
-_BWRAP_SECONDS = 2.0
-"""How long bubblewrap may take to end behind a QEMU that was killed."""
+_END_SECONDS = 2.0
+"""How long our child may take to end behind what it started."""
 _ALL_SIGNALS = [number for number in range(1, 32) if number not in (9, 19)]
 
 INSTALL_QEMU = "Install QEMU: sudo apt install qemu-system-x86"
@@ -98,19 +97,17 @@ class QemuProcess:
     """A running (or ended) QEMU. ``repr`` shows which."""
 
     def __init__(
-        self, pid: int, pidfd: int, stderr_fd: int, log_path: Path, info_fd: int = -1
+        self, pid: int, pidfd: int, stderr_fd: int, log_path: Path, *, enclosed: bool = False
     ) -> None:
         self.pid = pid
-        """Of our child: QEMU, or the bubblewrap around it."""
+        """Of our child: QEMU, or what is around it."""
         self.log = ConsoleLog(log_path, _LOG_CAP)
         """QEMU's stdout and stderr."""
         self.returncode: int | None = None
         """Exit status, or minus the signal's number; None while it runs."""
         self._pidfd = pidfd
         self._stderr_fd = stderr_fd
-        self._info_fd = info_fd
-        self._enclosed = info_fd >= 0
-        self._qemu = pid, pidfd
+        self._enclosed = enclosed
         self._exited: asyncio.Future[int] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -127,15 +124,14 @@ class QemuProcess:
         log_path: Path,
         limits: Limits,
         user: Sequence[str] = (),
-        info_fd: int = -1,
+        enclosed: bool = False,
     ) -> QemuProcess:
         """Start ``argv`` (an absolute path first); call it from the main thread.
 
         ``pass_fds`` are inherited under their own numbers, and nothing else is; they stay the
-        caller's to close. ``user``: options of setpriv. ``info_fd``: where bubblewrap says who
-        QEMU is, if ``argv`` begins with it; ours from now on. Raises VmBootError when the program
-        cannot be started. A QEMU that dislikes its arguments is started, and ends: see `exited`
-        and `failure`.
+        caller's to close. ``user``: options of setpriv. ``enclosed``: QEMU is to be a grandchild,
+        in bubblewrap. Raises VmBootError when the program cannot be started. A QEMU that dislikes
+        its arguments is started, and ends: see `exited` and `failure`.
         """
         find_qemu(argv[0], "")
         holder: Holder | None = None
@@ -157,21 +153,19 @@ class QemuProcess:
             pidfd = os.pidfd_open(pid)  # ours to reap, so the number is still its own
         except OSError as error:
             os.close(read_end)
-            if info_fd >= 0:
-                os.close(info_fd)
             raise VmBootError(
                 f"QEMU could not be started: {error}",
                 hint=f"{SETPRIV} (package util-linux) and /bin/sh are needed",
             ) from error
         finally:
             os.close(write_end)
-        return cls(pid, pidfd, read_end, log_path, info_fd)
+        return cls(pid, pidfd, read_end, log_path, enclosed=enclosed)
 
     @property
     def qemu_pid(self) -> int:
-        """Of QEMU itself; that of bubblewrap as long as there is no more."""
-        self._look_inside()
-        return self._qemu[0]
+        """Of QEMU itself; once it has spoken.  Before that, of what will start it."""
+        first = self._first_inside()
+        return _child(first) or first or self.pid
 
     def watch(self) -> asyncio.Future[int]:
         """Join the running event loop: its end resolves `exited`, its stderr goes to the log."""
@@ -198,12 +192,24 @@ class QemuProcess:
     def kill(self) -> None:
         """SIGKILL. No effect on one that has ended; never hits another process of that number.
 
-        QEMU itself, and bubblewrap ends behind it: who has waited for our child then knows that
-        all is over.  The other way round it would be, some moment later.
+        Behind the wall to the first process of the namespace: it ends last, so that all is over
+        when our child has ended, and our child ends behind it.
         """
-        if self.returncode is None:
-            self._look_inside()
-            self._send_kill(self._qemu[1])
+        if self.returncode is not None:
+            return
+        first = self._first_inside()
+        if not first:
+            if self._enclosed:  # what it starts in this very moment finds nobody to write to
+                self._hang_up()
+            self._send_kill(self._pidfd)
+            return
+        with contextlib.suppress(OSError):  # it has ended
+            pidfd = os.pidfd_open(first)
+            try:
+                if _parent(first) == self.pid:  # who waits for it has not done so yet
+                    self._send_kill(pidfd)
+            finally:
+                os.close(pidfd)
 
     async def close(self) -> int:
         """Kill, wait, and release descriptors; returns `returncode`. May be called twice."""
@@ -211,9 +217,9 @@ class QemuProcess:
 
         self.kill()
         try:
-            async with asyncio.timeout(_BWRAP_SECONDS):
+            async with asyncio.timeout(_END_SECONDS):
                 status = await self.wait()
-        except TimeoutError:  # bubblewrap was stopped, say, and cannot see that QEMU is gone
+        except TimeoutError:  # it was stopped, say, and cannot see that all is over
             self._send_kill(self._pidfd)
             status = await self.wait()
         self.log.close()
@@ -224,12 +230,13 @@ class QemuProcess:
         self.kill()
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
-        if not poll.poll(_BWRAP_SECONDS * 1000):
+        if not poll.poll(_END_SECONDS * 1000):
             self._send_kill(self._pidfd)
         os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
         self.returncode = -_SIGKILL
-        self._forget()
-        os.close(self._stderr_fd)
+        os.close(self._pidfd)
+        if self._stderr_fd >= 0:
+            os.close(self._stderr_fd)
 
     def failure(self, what: str, kind: type[VmError] = VmBootError) -> VmError:
         """An error that says ``what`` failed, how QEMU ended, and QEMU's last words."""
@@ -254,34 +261,24 @@ class QemuProcess:
         assert self._exited is not None
         self._loop.remove_reader(self._pidfd)
         status = _reap(self._pidfd)
-        if self._enclosed and status > _BY_SIGNAL:  # so bubblewrap tells how QEMU ended
+        if self._enclosed and status > _BY_SIGNAL:  # so bubblewrap tells that QEMU was killed
             status = _BY_SIGNAL - status
         self.returncode = status
-        self._forget()
+        os.close(self._pidfd)
+        self._pidfd = -1
         if not self._exited.done():
             self._exited.set_result(self.returncode)
 
-    def _look_inside(self) -> None:
-        """Find out which process is QEMU, as soon as bubblewrap has told."""
-        if self._info_fd < 0:
-            return
-        try:
-            told = os.read(self._info_fd, 4096)
-        except BlockingIOError:
-            return
-        os.close(self._info_fd)
-        self._info_fd = -1
-        found = re.search(rb'"child-pid": *(\d+)', told)
-        if found is None:  # it ended before it made one
-            return
-        pid = int(found[1])
-        with contextlib.suppress(OSError):  # it has ended
-            pidfd = os.pidfd_open(pid)
-            # While its parent has not waited for it, the number is its own
-            if _parent(pid) == self.pid:
-                self._qemu = pid, pidfd
-            else:
-                os.close(pidfd)
+    def _first_inside(self) -> int:
+        """The first process of the namespace behind the wall: bubblewrap.  0 when there is none."""
+        return _child(self.pid) if self._enclosed else 0
+
+    def _hang_up(self) -> None:
+        if self._loop is not None:
+            self.log.close()
+        elif self._stderr_fd >= 0:
+            os.close(self._stderr_fd)
+            self._stderr_fd = -1
 
     @staticmethod
     def _send_kill(pidfd: int) -> None:
@@ -291,16 +288,24 @@ class QemuProcess:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, _SIGKILL)
 
-    def _forget(self) -> None:
-        for fd in {self._pidfd, self._qemu[1], self._info_fd}:
-            if fd >= 0:
-                os.close(fd)
-        self._pidfd = self._info_fd = -1
-        self._qemu = self._qemu[0], -1
+
+def _child(pid: int) -> int:
+    """The one child of a process; 0 when it has none."""
+    if not pid:
+        return 0
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_bytes().split()
+    except FileNotFoundError:  # it is gone, or Linux was built without (CONFIG_PROC_CHILDREN)
+        numbers = (int(entry.name) for entry in os.scandir("/proc") if entry.name.isdigit())
+        return next((number for number in numbers if _parent(number) == pid), 0)
+    return int(children[0]) if children else 0
 
 
 def _parent(pid: int) -> int:
-    status = Path(f"/proc/{pid}/stat").read_bytes()
+    try:
+        status = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0
     return int(status[status.rfind(b")") + 2 :].split()[1])  # proc(5)
 
 

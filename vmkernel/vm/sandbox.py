@@ -62,13 +62,14 @@ def find_wall(settings: SandboxSettings, qemu: str) -> Wall:
 
 
 def find_sandbox(settings: SandboxSettings, qemu: str) -> Sandbox:
-    """What is to enclose ``qemu``, and what lacks.  Raises VmBootError when QEMU does not run."""
+    """What is to enclose ``qemu`` (an absolute path), and what lacks."""
     mark = [_mark(qemu), _mark(BWRAP), Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
             os.geteuid()]  # fmt: skip
     known = read_facts(settings.state_dir).get(_FACT)
     if not (isinstance(known, dict) and known.get("mark") == mark):
         known = {"mark": mark, **_try_out(qemu)}
-        remember(settings.state_dir, {_FACT: known})
+        if known["answers"]:
+            remember(settings.state_dir, {_FACT: known})
     wall = Wall(
         own_user=bool(known["own_user"]),
         private_option=bool(known["private_option"]),
@@ -92,12 +93,15 @@ def _try_out(qemu: str) -> dict[str, Any]:
     """What is to be remembered."""
     own_user = os.geteuid() == 0
     answer = _ask([qemu, *_QUESTION])
-    if answer.returncode:
-        raise VmBootError(
-            f"{qemu} {' '.join(_QUESTION)} failed: {_last_line(answer.stderr)}",
-            hint="Install QEMU again: qemu-system-x86",
-        )
-    facts = {"own_user": own_user, "private_option": " rom=" in answer.stdout}
+    facts = {
+        "answers": answer.returncode == 0,
+        "own_user": own_user,
+        "private_option": " rom=" in answer.stdout,
+    }
+    if answer.returncode:  # it will be started all the same, and then tell why it does not
+        problem = f"{qemu} {' '.join(_QUESTION)} failed: {_last_line(answer.stderr)}"
+        hint = "install QEMU again: qemu-system-x86"
+        return facts | {"own_user": False, "problem": problem, "hint": hint}
     if own_user and not reachable_by_others(qemu):
         return facts | {
             "own_user": False,
@@ -131,7 +135,7 @@ def _ask(command: list[str], *fds: int, as_user: int | None = None) -> Any:
             pass_fds=fds,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=10,
             check=False,
             env={"LC_ALL": "C"},
             cwd="/",

@@ -16,6 +16,16 @@ How the VM's files come in:
   meets root.  That user cannot pass through root's directories, so what it may read it inherits,
   and the names are links to /proc/self/fd.  It owns nothing but its scratch disk.
 
+Who dies with whom.  Bubblewrap's child asks for its parent's death signal only when the file system
+is built; a bubblewrap that is killed before that (measured: one of some ten that were killed while
+they started) leaves a QEMU behind, with its slot, and one that is killed in the first instant a
+child that waits for ever.  So bubblewrap is the first process of a process namespace of its own,
+whose end is the end of all in it, by the kernel's hand.  That first process is tied to who spawned
+it in two steps: `unshare --kill-child` asks for the signal, and then the shell writes an empty line
+to QEMU's log, whose reader is who spawned it: if he has died before the signal was asked for, that
+fails and nothing is started.  The shell's limit on tasks counts within the user namespace (since
+Linux 5.14), so it is this VM's alone.
+
 Each VM of root's has a user id to itself, as long as it lives: 65537 and its slot's number.  Linux
 distributions and systemd give out no id between 65536 and 99999 (systemd's docs/UIDS-GIDS; shadow
 begins subordinate ids at 100000), and other daemons share "nobody".
@@ -33,6 +43,7 @@ from msgspec.structs import replace
 
 from vmkernel.vm.command import Machine, qemu_argv
 from vmkernel.vm.filter import seccomp_filter
+from vmkernel.vm.limits import limit_tasks
 from vmkernel.vm.shim import shim
 
 BUILDER_UID = 65536
@@ -41,6 +52,11 @@ VM_UIDS = range(BUILDER_UID, BUILDER_UID + 1 + (1 << 14))  # as many slots as th
 _KVM = "/dev/kvm"
 _DEVICES = ("/dev/null", "/dev/urandom")
 _LIBRARIES = ("/lib", "/lib32", "/lib64")
+UNSHARE = "/usr/bin/unshare"  # util-linux, as setpriv
+_DIE_TOGETHER = (
+    UNSHARE, "--user", "--map-current-user", "--pid", "--fork", "--kill-child=KILL", "--",
+    "/bin/sh", "-c", f'{limit_tasks()}; echo >&2 && exec "$@"', "sh",
+)  # fmt: skip
 _BESIDE = ("../share/qemu", "../share/seabios", "../pc-bios", "../lib", "../lib64")
 """Where a QEMU that was not installed in /usr has its firmware and libraries."""
 
@@ -65,8 +81,6 @@ class Enclosed(NamedTuple):
     """Options of setpriv, before that."""
     fds: list[int]
     """Descriptors that it inherits; the caller closes them when it is started."""
-    info: int
-    """Where bubblewrap says which process QEMU is (the reading end); -1 without bubblewrap."""
 
 
 def vm_uid(slot: int | None) -> int:
@@ -82,7 +96,6 @@ def enclose(
 ) -> Enclosed:
     """QEMU for ``machine``, behind the wall.  ``slot``: None for a template.  Raises OSError."""
     opened: list[int] = []
-    info = -1
     try:
         files = _files(machine)
         links: dict[str, str] = {}  # a file's path -> where it is to be found instead
@@ -106,8 +119,6 @@ def enclose(
             command = ["/usr/bin/env", "-i", *words, *command_line(_renamed(machine, links))]
         else:
             opened.append(filter_fd := sealed_memory("filter", seccomp_filter()))
-            info, told = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-            opened.append(told)
             command = bwrap_command(wall.bwrap, machine.qemu, filter_fd)
             for path, writable in files.items():
                 command += _mount(path, writable, links.get(path))
@@ -116,17 +127,18 @@ def enclose(
             command += ["--remount-ro", "/"]  # it is a tmpfs, which else could be filled
             for name, value in environment.items():
                 command += ["--setenv", name, value]
-            command += ["--info-fd", str(told), "--", *command_line(machine)]
+            command += ["--", *command_line(machine)]
     except BaseException:
-        for fd in (*opened, *((info,) if info >= 0 else ())):
+        for fd in opened:
             os.close(fd)
         raise
-    return Enclosed(command, _user_options(wall, machine, slot), opened, info)
+    return Enclosed(command, _user_options(wall, machine, slot), opened)
 
 
 def bwrap_command(bwrap: str, qemu: str, filter_fd: int) -> list[str]:
     """The part that is the same for every VM: namespaces, and what all of them see."""
     command = [
+        *_DIE_TOGETHER,
         bwrap,
         "--unshare-user",
         "--unshare-net",
@@ -135,11 +147,9 @@ def bwrap_command(bwrap: str, qemu: str, filter_fd: int) -> list[str]:
         "--unshare-uts",
         "--unshare-cgroup-try",
         "--hostname", "vmkernel",  # else it is the host's
-        # Both ways: QEMU dies with bubblewrap, and bubblewrap with who spawned it.
         "--die-with-parent",
         "--new-session",  # no terminal to type into
-        # QEMU is bubblewrap's only child; its own orphans, which it cannot have, would be too.
-        "--as-pid-1",
+        "--as-pid-1",  # QEMU itself, and no third process of bubblewrap's
         "--cap-drop", "ALL",
         "--seccomp", str(filter_fd),
         "--clearenv",
