@@ -20,13 +20,15 @@ import pwd
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vmkernel.guest import usage, wake
+from vmkernel.guest import guard, usage, wake
 from vmkernel.guest.files import Files
 from vmkernel.guest.port import Port, open_port
 from vmkernel.protocol import frames, messages
@@ -34,6 +36,10 @@ from vmkernel.protocol import frames, messages
 USER = "user"
 CONFIG = Path("/run/vmkernel/config.json")
 OUTPUT_TAIL = 16 << 10
+MOST_REPORT = 1 << 20
+"""Bytes that a new guest kernel may say of itself: whoever else is the user may say it for him."""
+REAPED_AT_ONCE = 64
+"""Dead processes, before the host is listened to again."""
 PR_SET_DUMPABLE = 4  # prctl(2)
 
 # Linux, Documentation/admin-guide/sysctl/vm.rst and ABI/stable/sysfs-block
@@ -55,6 +61,7 @@ class Agent:
         self.kernel_pid = 0
         self._outputs: dict[str, int] = {}
         self._status = -1
+        self._report = b""
         self._oom_kills = 0
         self._meter = usage.Meter()
         self._files = Files(become_user, self._reply)
@@ -74,6 +81,8 @@ class Agent:
         """Boot the engine, then serve the host for ever."""
         self.send(messages.Hello(os.uname().release, platform.python_version()))
         calm_machine()
+        guard.close_doors()
+        wake.make_identities()
         try:
             self._config = json.loads(CONFIG.read_text())
             import_engine(self._config)
@@ -81,23 +90,24 @@ class Agent:
             self.send(messages.Failed("the guest kernel cannot be imported:\n" + _traceback()))
             raise
         rehearse_wake()
+        guard.stand_above()
         self.start_kernel(None)
         while True:
+            # The host goes first: processes that die all the time must not keep it waiting
+            sources: dict[int, Callable[[], None]] = {
+                self.port.fd: self._receive,
+                self._status: self._on_status,
+                self._files.fd: self._files.receive,
+                self._signal_read: self._reap,
+            }
+            sources.pop(-1, None)
             poll = select.poll()
-            for fd in (self._signal_read, self._status, self._files.fd, self.port.fd):
-                if fd >= 0:
-                    poll.register(fd, select.POLLIN)
+            for fd in sources:
+                poll.register(fd, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll(self._files.time_left())}
             # One at a time: what is done for it may close another
-            for fd, _ in poll.poll(self._files.time_left())[:1]:
-                if fd == self._signal_read:
-                    self._reap()
-                elif fd == self._status:
-                    self._on_status()
-                elif fd == self._files.fd:
-                    self._files.receive()
-                else:
-                    for message in self.port.receive():
-                        self._on_message(message)
+            for fd in [fd for fd in sources if fd in ready][:1]:
+                sources[fd]()
             self._files.check()
 
     # --- the guest kernel ---
@@ -106,6 +116,8 @@ class Agent:
         """Fork a guest kernel that gives up root.  It reports through a status pipe."""
         for fd in self._outputs.values():
             os.close(fd)
+        if self._status >= 0:  # of one that died and left it to a child of its own
+            os.close(self._status)
         out, err = os.pipe2(os.O_CLOEXEC), os.pipe2(os.O_CLOEXEC)
         status, status_write = os.pipe2(os.O_CLOEXEC)
         self._outputs = {"stdout": out[0], "stderr": err[0]}
@@ -124,6 +136,8 @@ class Agent:
                 for fd in (self.port.fd, self._signal_read, self._signal_write, status):
                     os.close(fd)
                 self._files.disown()
+                if marker is not None:  # what a dead kernel left would hold memory and processor
+                    guard.end_the_others()
                 run = run_relay if self._config["engine"] == "relay" else run_engine
                 run(self.kernel_ports, dict(self._outputs), status_write, marker, self._config)
                 os._exit(0)
@@ -133,17 +147,25 @@ class Agent:
         self.kernel_pid = pid
         for fd in (out[1], err[1], status_write):
             os.close(fd)
-        self._status = status
+        self._status, self._report = status, b""
+        os.set_blocking(status, False)
 
     def _on_status(self) -> None:
-        data = b""
-        while chunk := os.read(self._status, 1 << 16):
-            data += chunk
+        chunk = os.read(self._status, 1 << 16)
+        self._report += chunk
+        if chunk and len(self._report) <= MOST_REPORT:
+            return
         os.close(self._status)
         self._status = -1
-        report = json.loads(data or b'{"error": "it ended before it was ready"}')
+        try:
+            report = messages.decode_object(
+                self._report or b'{"error": "it ended before it was ready"}'
+            )
+        except (ValueError, RecursionError):  # from a process that is the user's
+            report = {"error": "it did not say how it is"}
         if "error" in report:
-            self.send(messages.Failed("the guest kernel did not start:\n" + report["error"]))
+            reason = str(report["error"])[-OUTPUT_TAIL:]
+            self.send(messages.Failed("the guest kernel did not start:\n" + reason))
         else:
             if self._template:
                 # Again, as the guest kernel shares our memory by now: what this writes to is ours
@@ -153,7 +175,7 @@ class Agent:
 
     def _reap(self) -> None:
         os.read(self._signal_read, 4096)
-        while True:
+        for _ in range(REAPED_AT_ONCE):
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
@@ -162,6 +184,7 @@ class Agent:
                 return
             if pid == self.kernel_pid:
                 self._on_kernel_death(status)
+        os.write(self._signal_write, b"\0")  # the pipe was just emptied: there is room
 
     def _on_kernel_death(self, status: int) -> None:
         self.kernel_pid = 0
@@ -184,6 +207,10 @@ class Agent:
         )
 
     # --- the host's commands ---
+
+    def _receive(self) -> None:
+        for message in self.port.receive():
+            self._on_message(message)
 
     def _on_message(self, message: bytearray) -> None:
         body, buffers = frames.split(message)
@@ -225,6 +252,7 @@ class Agent:
 def import_engine(config: dict[str, Any]) -> None:
     """Import what every guest kernel needs, so that its forks have it."""
     os.environ["HOME"] = pwd.getpwnam(USER).pw_dir
+    tempfile.gettempdir()  # looks for it by writing: a kernel must start on a full disk, too
     if config["engine"] == "relay":
         importlib.import_module("vmkernel.guest.relay")
         return
@@ -271,6 +299,7 @@ def become_user() -> None:
         signal.signal(number, signal.SIG_DFL)
     os.setsid()
     Path("/proc/self/oom_score_adj").write_text("500")
+    guard.bind_user()
     os.setgroups([])
     os.setresgid(user.pw_gid, user.pw_gid, user.pw_gid)
     os.setresuid(user.pw_uid, user.pw_uid, user.pw_uid)

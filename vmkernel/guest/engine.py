@@ -226,6 +226,8 @@ class Engine:
     # --- requests ---
 
     def _on_readable(self) -> None:
+        if os.getpid() != PortSession.owner_pid:
+            return  # a forked child that awaits something: requests are its parent's
         self._receive()
         while self._requests:
             request, buffers = self._requests.pop(0)
@@ -296,6 +298,12 @@ class Engine:
         finally:
             self.interrupts.armed = False
             waits.cancel()
+            if os.getpid() != PortSession.owner_pid:
+                # The cell forked, and this is the child, which came to the cell's end
+                with suppress(Exception):  # the streams may be the user's own
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(0)
             if kernel.get_parent("shell").get("msg_id") != request.msg_id:
                 kernel.set_parent(idents(message), message, "shell")
             self.pump.publish()  # not sys.stdout, which may be the user's, or None

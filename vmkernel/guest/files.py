@@ -76,7 +76,7 @@ class Files:
             result = messages.decode_object(answer[_LENGTH.size :])
         except BlockingIOError:
             return
-        except (OSError, ValueError, struct.error):  # also msgspec's; the clerk is the user's
+        except (OSError, ValueError, RecursionError, struct.error):  # the clerk is the user's
             self._dismiss(errno.EIO, again=True)
         else:
             assert self._shared is not None

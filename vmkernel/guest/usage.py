@@ -2,6 +2,10 @@
 
 The figures are those of ipykernel's ``usage_reply``, which takes them from psutil; the agent does
 without.  CPU use is that since the last question, in per cent of one processor.
+
+A process's exact share of the memory is told under a lock of that process's, which it may hold for
+as long as it waits for its turn: among a thousand others, or for memory, for seconds each.  The
+agent cannot wait so long.  Then it is estimated by counters that take no lock.
 """
 
 from __future__ import annotations
@@ -14,6 +18,10 @@ from typing import Any
 
 MOST_PROCESSES = 256
 """How many of the kernel's processes are looked at: reading each one's memory takes a while."""
+PATIENCE = 0.5
+"""Seconds after which memory is only estimated."""
+CROWD = 64
+"""Processes that want to run."""
 _TICKS = os.sysconf("SC_CLK_TCK")
 _MEMORY = {
     "total": ("MemTotal",), "available": ("MemAvailable",), "free": ("MemFree",),
@@ -41,13 +49,18 @@ class Meter:
         self._spent = spent
         (busy_then, total_then), self._machine = self._machine, _machine_ticks()
         busy, passed = self._machine[0] - busy_then, self._machine[1] - total_then
+        machine = _memory()
+        in_need = _runnable() > CROWD or machine["available"] < machine["total"] / 16
+        deadline = now if in_need else now + PATIENCE
         return {
             "pid": kernel_pid,
             "kernel_cpu": 0.0 if first else round(100 * used / _TICKS / max(elapsed, 0.01), 1),
-            "kernel_memory": sum(_memory_of(pid) for pid, _, _ in processes),
+            "kernel_memory": min(
+                sum(_memory_of(pid, deadline) for pid, _, _ in processes), machine["total"]
+            ),
             "machine_cpu": None if first or not passed else round(100 * busy / passed, 1),
             "cpu_count": os.cpu_count() or 1,
-            "memory": _memory(),
+            "memory": machine,
         }
 
 
@@ -74,13 +87,23 @@ def _tree(root: int) -> Iterator[tuple[int, int, int]]:
         waiting += children.get(pid, ())
 
 
-def _memory_of(pid: int) -> int:
-    """A process's share of the memory, bytes: what it shares is divided among the sharers."""
-    with suppress(OSError), open(f"/proc/{pid}/smaps_rollup", "rb") as file:
-        for line in file:
-            if line.startswith(b"Pss:"):
-                return int(line.split()[1]) * 1024
+def _memory_of(pid: int, deadline: float) -> int:
+    """A process's share of the memory, bytes: what it shares is divided among the sharers.
+
+    After the deadline, all that is not from a file.
+    """
+    exact = time.monotonic() < deadline
+    name, keys = ("smaps_rollup", (b"Pss:",)) if exact else ("status", (b"RssAnon:", b"RssShmem:"))
+    with suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as file:
+        fields = (line.split() for line in file)
+        return sum(int(field[1]) * 1024 for field in fields if field and field[0] in keys)
     return 0
+
+
+def _runnable() -> int:
+    """How many processes and threads want to run now."""
+    with open("/proc/loadavg") as file:
+        return int(file.read().split()[3].partition("/")[0])
 
 
 def _machine_ticks() -> tuple[int, int]:

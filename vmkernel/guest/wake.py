@@ -15,9 +15,20 @@ import sys
 import tempfile
 import time
 
+from vmkernel.guest.guard import MS_BIND, mount
+
 # linux/random.h: _IOW('R', 0x03, int[2]) and _IO('R', 0x07)
 RNDADDENTROPY = 0x40085203
 RNDRESEEDCRNG = 0x5207
+
+IDENTITIES = {
+    "/run/vmkernel/machine-id": "/etc/machine-id",
+    "/run/vmkernel/boot_id": "/proc/sys/kernel/random/boot_id",
+}
+"""Files of our own over those by which programs tell one machine, or one boot, from another.
+
+The kernel's boot_id was made in the template and cannot be made again.
+"""
 
 
 def wake_machine(time_ns: int, entropy: bytes, hostname: str) -> None:
@@ -28,6 +39,23 @@ def wake_machine(time_ns: int, entropy: bytes, hostname: str) -> None:
         fcntl.ioctl(device, RNDADDENTROPY, header + entropy)
         fcntl.ioctl(device, RNDRESEEDCRNG)
     socket.sethostname(hostname)
+    write_identities()
+
+
+def make_identities() -> None:
+    """Put the files of `IDENTITIES` in place.  Needs root, once; raises OSError."""
+    write_identities()
+    for source, target in IDENTITIES.items():
+        mount(target, MS_BIND, source=source)
+
+
+def write_identities() -> None:
+    """Give this VM an identity that no twin has (machine-id(5), random(4))."""
+    for path in IDENTITIES:
+        with open("/proc/sys/kernel/random/uuid") as file:
+            text = file.read()
+        with open(path, "w") as file:
+            file.write(text if path.endswith("boot_id") else text.replace("-", ""))
 
 
 def set_clock(time_ns: int) -> None:
