@@ -83,12 +83,11 @@ def vega(value: Json) -> Json:
         if key == "usermeta":
             return DROP
         if key in _DATA and isinstance(item, list | dict | str):
-            # Data are not looked into; links in them are (mark "image" is not there to use them).
-            return _Opaque(item)
+            return _Opaque(walk(item, _row))
+        if item == "image" and key not in ("description", "title", "text"):
+            raise RefusedError("it shows pictures from computed addresses")
         if key == "url" and not (isinstance(item, str) and item.startswith("data:")):
             raise RefusedError("it loads data or pictures from elsewhere")
-        if key in ("type", "mark") and item == "image":
-            raise RefusedError("it shows pictures from computed addresses")
         if isinstance(item, str) and _ESCAPE.search(item) and key not in ("description", "$schema"):
             raise RefusedError("an expression in it has words of the page's script")
         if key == "href" and isinstance(item, str) and not re.match(r"https?://", item):
@@ -101,6 +100,11 @@ def vega(value: Json) -> Json:
         return item.value if isinstance(item, _Opaque) else item
 
     return walk(walk(_object(value), change), unwrap)
+
+
+def _row(key: str, item: Any) -> Any:
+    """Data mean nothing, but a tooltip shows a field of this name as a picture."""
+    return DROP if key == "image" and isinstance(item, str) else item
 
 
 _ESCAPE_KEYS = frozenset("constructor prototype __proto__ toString valueOf toJSON".split())

@@ -49,6 +49,7 @@ _FOR_ALL = re.compile(r"stroke-line(?:join|cap)")
 _RASTER = re.compile(
     r"\s*data:image/(?:png|jpe?g|gif|webp);base64,[A-Za-z0-9+/=\s]*", re.IGNORECASE
 )
+_ROOT = re.compile(r"<svg\b[^>]*")
 _DEEPEST = 200
 
 
@@ -58,9 +59,11 @@ class NoSvgError(ValueError):
 
 def clean(text: str) -> tuple[str, list[str]]:
     """The picture that may be shown, and kinds of things that went.  Raises NoSvgError."""
-    if "xmlns" not in text[: text.find(">", max(text.find("<svg"), 0)) + 1 or None]:
-        # Front ends help such a picture, too.
-        text = text.replace("<svg", f'<svg xmlns="{_SVG}" xmlns:xlink="{_XLINK}"', 1)
+    root = _ROOT.search(text)
+    if root is not None and "xmlns=" not in root[0]:  # front ends help such a picture, too
+        xlink = "" if "xmlns:xlink=" in root[0] else f' xmlns:xlink="{_XLINK}"'
+        at = root.start() + len("<svg")
+        text = f'{text[:at]} xmlns="{_SVG}"{xlink}{text[at:]}'
     writer = _Writer()
     parser = expat.ParserCreate("utf-8", " ")
     parser.buffer_text = True

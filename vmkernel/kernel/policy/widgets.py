@@ -35,6 +35,22 @@ _ASKED = "+"
 _HTML_MODELS = frozenset({"HTMLModel", "HTMLMathModel"})
 _HTML_VIEWS = frozenset({"HTMLView", "HTMLMathView"})
 _TEXTS = frozenset({"description", "description_tooltip", "tooltip"})
+_LINKS = frozenset({"LinkModel", "DirectionalLinkModel"})
+_LINKED = frozenset(
+    "value index min max step disabled selected_index continuous_update interval playing "
+    "_playing repeat visible lower upper".split()
+)
+_UNLINKED = _HTML_MODELS | {"OutputModel", *_LINKS}
+_WRITTEN = frozenset(
+    "TextModel TextareaModel PasswordModel ComboboxModel TagsInputModel LabelModel".split()
+)
+"""Models whose value is a text as somebody wrote it."""
+_SHOWN = frozenset(
+    "_options_labels titles tooltips placeholder options description description_tooltip "
+    "tooltip".split()
+)
+"""Traits that views show as text, or are seen to below.  In all others a ``<`` is an error, and
+ipywidgets' box for errors takes its message for HTML."""
 
 Outputs = Callable[[Any], tuple[Any, list[str]]]
 
@@ -53,7 +69,7 @@ class Comms:
     def opened_by_front_end(self, content: dict[str, Any]) -> None:
         """The front end opened a comm: what the guest answers there is for code of its own."""
         comm_id, target = content.get("comm_id"), content.get("target_name")
-        if isinstance(comm_id, str):
+        if isinstance(comm_id, str) and not _CLASS.fullmatch(self._kinds.get(comm_id, "")):
             self._note(comm_id, {CONTROL: CONTROL, TARGET: _ASKED}.get(str(target), _FOREIGN))
 
     def _note(self, comm_id: str, kind: str) -> None:
@@ -78,9 +94,7 @@ class Comms:
             return self._open(comm_id, content, buffers)
         if kind == _REFUSED:
             return None, []
-        if msg_type == "comm_close":
-            self._kinds.pop(comm_id, None)
-        elif kind == _FOREIGN:
+        if kind == _FOREIGN:
             return {"comm_id": comm_id, "data": data if isinstance(data, dict) else {}}, []
         removed: list[str] = []
         if not isinstance(data, dict):
@@ -107,6 +121,9 @@ class Comms:
             state = data["state"]
             if not {"_model_module", "_model_name"} <= state.keys():
                 raise RefusedError("a widget of no known package")
+            known = self._kinds.get(comm_id, _ASKED)
+            if known not in (_ASKED, _REFUSED, state["_model_name"]):  # ids are not used again
+                raise RefusedError("a widget that wants to be another")
             cleaned = self._data({**data, "method": "update"}, _ASKED, comm_id, buffers, removed)
         except RefusedError as error:
             self._note(comm_id, _REFUSED)
@@ -127,7 +144,8 @@ class Comms:
     ) -> dict[str, Any]:
         method = data.get("method")
         if method == "custom":
-            return {"method": "custom", "content": jsontypes.plain(data.get("content"))}
+            content = jsontypes.walk(data.get("content"), _broken)
+            return {"method": "custom", "content": None if content is jsontypes.DROP else content}
         if method not in ("update", "echo_update"):
             return {}
         state = data.get("state")
@@ -135,6 +153,8 @@ class Comms:
         paths = _paths(data.get("buffer_paths"), buffers)
         _check_names(state)
         kind = self._known(comm_id, kind, state.get("_model_name"), state.get("_view_name"))
+        if kind in _LINKS or not kind:
+            self._check_link(state)
         cleaned = self._state(state, kind, removed)
         _check_addresses(cleaned, paths, buffers)
         result = {"method": method, "state": cleaned, "buffer_paths": paths}
@@ -185,6 +205,7 @@ class Comms:
                 )
                 if state.get("_model_name", kind) not in (kind, names["_model_name"]):
                     raise RefusedError("a widget of two kinds")
+                self._check_link(state)
                 cleaned = self._state(state, kind, removed)
             except RefusedError as error:
                 removed.append(str(error))
@@ -195,6 +216,22 @@ class Comms:
             # Paths and buffers belong together by their order: what was refused had some.
             paths = [path if path[0] in states else _nowhere(states) for path in paths]
         return {"method": "update_states", "states": states, "buffer_paths": paths}
+
+    def _check_link(self, state: dict[str, Any]) -> None:
+        """``jslink``: the page copies a trait of one model to another's, and nobody looks."""
+        ends = [state.get("source"), state.get("target")]
+        if ends == [None, None]:
+            return
+        kinds = []
+        for end in ends:
+            if not (isinstance(end, list) and len(end) == 2 and end[1] in _LINKED):
+                raise RefusedError("a link between widgets' traits that are not plain values")
+            model = end[0].removeprefix("IPY_MODEL_") if isinstance(end[0], str) else ""
+            kinds.append(self._kinds.get(model, ""))
+        if not all(_CLASS.fullmatch(kind) and kind not in _UNLINKED for kind in kinds) or (
+            "LabelModel" in kinds and not _WRITTEN.isdisjoint(kinds)
+        ):
+            raise RefusedError("a link to a widget that shows HTML, TeX or outputs")
 
     # --- states ---
 
@@ -208,7 +245,11 @@ class Comms:
             outputs, gone = self._outputs(value if isinstance(value, list) else [])
             removed += gone
             return outputs
-        value = jsontypes.plain(value)
+        if key in _SHOWN or (key == "value" and model in _WRITTEN | _HTML_MODELS | {""}):
+            value = jsontypes.plain(value)
+        else:
+            value = jsontypes.walk(value, _broken)
+            value = None if value is jsontypes.DROP else value
         if model.endswith("StyleModel") or model in ("LayoutModel", ""):
             value = _without_addresses(value)
         if key == "_dom_classes" and isinstance(value, list):
@@ -261,6 +302,14 @@ def _check_names(state: dict[str, Any]) -> None:
                 value if isinstance(value, str) and re.fullmatch(r"[\w@/.-]{1,60}", value) else ""
             )
             raise RefusedError(f"a widget of the package {name or 'that is none'}")
+
+
+def _broken(_: str, item: Any) -> Any:
+    if not isinstance(item, str):
+        return item
+    if item.startswith("IPY_MODEL_") and not _ID.fullmatch(item.removeprefix("IPY_MODEL_")):
+        return jsontypes.DROP
+    return disarm.tags(item)
 
 
 def _without_addresses(value: Any) -> Any:
