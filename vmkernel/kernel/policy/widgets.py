@@ -24,7 +24,7 @@ _MODULES = frozenset(
 # What a loader may make an address of (nbconvert's takes packages from a CDN by name and version).
 _VERSION = re.compile(r"[\^~]?\d{1,3}(?:\.(?:\d{1,3}|\*)){0,2}|\*")
 _CLASS = re.compile(r"[A-Z][A-Za-z]{0,60}(?:Model|View)")
-_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_ID = re.compile(r"(?!__)[A-Za-z0-9_-]{1,128}")
 _LOADED = re.compile(r"url|image|src|element|expression|\\", re.IGNORECASE)
 _MOST_COMMS = 65_536
 """Comms whose kind is known; of those before, each value is taken for HTML."""
@@ -237,7 +237,9 @@ class Comms:
 
     def _state(self, state: dict[str, Any], model: str, removed: list[str]) -> dict[str, Any]:
         return {
-            str(key): self._trait(str(key), value, model, removed) for key, value in state.items()
+            str(key): self._trait(str(key), value, model, removed)
+            for key, value in state.items()
+            if key != "__proto__"
         }
 
     def _trait(self, key: str, value: Any, model: str, removed: list[str]) -> Any:
@@ -250,7 +252,8 @@ class Comms:
         else:
             value = jsontypes.walk(value, _broken)
             value = None if value is jsontypes.DROP else value
-        if model.endswith("StyleModel") or model in ("LayoutModel", ""):
+        styles = model.endswith("StyleModel") or model in ("LayoutModel", "")
+        if styles and key != "value" and key not in _SHOWN:
             value = _without_addresses(value)
         if key == "_dom_classes" and isinstance(value, list):
             return [n for n in value if isinstance(n, str) and not elements.is_foreign(n)]
@@ -297,7 +300,7 @@ def _check_names(state: dict[str, Any]) -> None:
             raise RefusedError("a widget of no known class")
     for key in ("_model_module", "_view_module"):
         value = state.get(key)
-        if value is not None and value not in _MODULES:
+        if value is not None and not (isinstance(value, str) and value in _MODULES):
             name = (
                 value if isinstance(value, str) and re.fullmatch(r"[\w@/.-]{1,60}", value) else ""
             )
