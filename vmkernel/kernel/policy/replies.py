@@ -26,7 +26,8 @@ def clean(msg_type: str, content: dict[str, Any], knows: Callable[[Any], bool]) 
     if msg_type == "execute_reply":
         return _execute(content)
     if status == "error":
-        return {"status": "error", **error(content)}, removed
+        known = error(content)  # not every reply of this kind has all three
+        return {"status": "error", **{key: known[key] for key in known if key in content}}, removed
     if msg_type == "inspect_reply":
         data, metadata, removed = bundle.clean(
             content.get("data"), content.get("metadata"), empty_note=False
