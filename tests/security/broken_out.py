@@ -412,7 +412,8 @@ def start_many_threads():
 @attack
 def find_more_descriptors():
     mine = (0, 1, 2, *target["fds"])
-    names = ("/ram", "/rootfs", "/scratch.raw", "/memfd:vmkernel-shim (deleted)")
+    sealed = [f"/memfd:vmkernel-{name} (deleted)" for name in ("shim", "script")]
+    names = ("/ram", "/rootfs", "/scratch.raw", *sealed)
     return {
         fd: there for fd, there in GIVEN.items() if fd not in mine and not there.endswith(names)
     }

@@ -19,6 +19,7 @@ from vmkernel.settings import Settings
 from vmkernel.vm import sandbox, wall
 from vmkernel.vm.command import Machine, machine_fingerprint, qemu_argv
 from vmkernel.vm.filter import DENIED, seccomp_filter
+from vmkernel.vm.limits import Holder, Limits, start_command
 from vmkernel.vm.sandbox import find_sandbox, find_wall
 from vmkernel.vm.shim import NAMES, shim
 from vmkernel.vm.wall import VM_UIDS, Enclosed, Wall, enclose, sealed_memory, vm_uid
@@ -137,6 +138,12 @@ class TestCommandLine:
         argv, _, _ = enclosed(Wall(bwrap="/usr/bin/bwrap"), own)
         for path in ("/opt/qemu/bin", "/opt/qemu/share/qemu", "/opt/qemu/lib"):
             assert triple(argv, "--ro-bind-try", path) == path
+
+    def test_no_word_of_it_is_one_that_systemd_run_might_change(self, machine: Machine) -> None:
+        """Else the quota of a VM behind the wall would be low priority and no more."""
+        argv, _, _ = enclosed(Wall(bwrap="/usr/bin/bwrap"), machine)
+        assert not [word for word in argv if "$" in word]
+        assert "--scope" in start_command(argv, Limits(512, 50), Holder("system", ""), 1)
 
     def test_a_file_that_is_gone_leaves_no_descriptor(self, machine: Machine) -> None:
         Path(machine.ram_path).unlink()

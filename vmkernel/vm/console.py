@@ -28,10 +28,11 @@ _LOG_MODE = 0o600  # a guest's console may show what a cell printed
 class ConsoleLog:
     """Everything read from one descriptor, head and tail, in at most ``cap_bytes`` on disk."""
 
-    def __init__(self, path: Path, cap_bytes: int) -> None:
+    def __init__(self, path: Path, cap_bytes: int, *, skip: int = 0) -> None:
         """``path``'s directory exists. The files are made when there is something to keep.
 
-        ``cap_bytes`` bounds what is kept (plus one line that says how much is missing).
+        ``cap_bytes`` bounds what is kept (plus one line that says how much is missing); the first
+        ``skip`` bytes are not.
         """
         self.path = path
         self.cap_bytes = cap_bytes
@@ -39,6 +40,7 @@ class ConsoleLog:
         """Bytes received so far, kept or not."""
         self.write_error: OSError | None = None
         """The first failure to write the log (a full disk, say). The draining goes on."""
+        self._skip = skip
         self._head_left = cap_bytes // 2
         self._segment_size = max(1, cap_bytes // 4)
         self._segment_left = 0
@@ -69,7 +71,9 @@ class ConsoleLog:
         """Keep ``data``, or what the bound allows of it. Never raises for a disk that is full."""
         self.total += len(data)
         try:
-            self._keep(memoryview(data))
+            if rest := memoryview(data)[self._skip :]:
+                self._keep(rest)
+            self._skip = max(0, self._skip - len(data))
         except OSError as error:
             self.write_error = self.write_error or error
 

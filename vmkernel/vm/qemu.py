@@ -101,13 +101,15 @@ class QemuProcess:
     ) -> None:
         self.pid = pid
         """Of our child: QEMU, or what is around it."""
-        self.log = ConsoleLog(log_path, _LOG_CAP)
+        # The wall's shell writes an empty line, to see whether we live (`vm.wall`)
+        self.log = ConsoleLog(log_path, _LOG_CAP, skip=1 if enclosed else 0)
         """QEMU's stdout and stderr."""
         self.returncode: int | None = None
         """Exit status, or minus the signal's number; None while it runs."""
         self._pidfd = pidfd
         self._stderr_fd = stderr_fd
         self._enclosed = enclosed
+        self._killed = False
         self._exited: asyncio.Future[int] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -197,6 +199,7 @@ class QemuProcess:
         """
         if self.returncode is not None:
             return
+        self._killed = True
         first = self._first_inside()
         if not first:
             if self._enclosed:  # what it starts in this very moment finds nobody to write to
@@ -261,7 +264,9 @@ class QemuProcess:
         assert self._exited is not None
         self._loop.remove_reader(self._pidfd)
         status = _reap(self._pidfd)
-        if self._enclosed and status > _BY_SIGNAL:  # so bubblewrap tells that QEMU was killed
+        if self._enclosed and self._killed:
+            status = -_SIGKILL  # whatever those around it make of it
+        elif self._enclosed and status > _BY_SIGNAL:  # so bubblewrap tells that QEMU was killed
             status = _BY_SIGNAL - status
         self.returncode = status
         os.close(self._pidfd)

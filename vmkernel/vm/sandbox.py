@@ -18,7 +18,7 @@ import msgspec
 
 from vmkernel.errors import VmBootError
 from vmkernel.vm.facts import read_facts, remember
-from vmkernel.vm.wall import BUILDER_UID, Wall, bwrap_command, reachable_by_others, sealed_memory
+from vmkernel.vm.wall import BUILDER_UID, Wall, bwrap_command, reachable_by_others
 
 BWRAP = "/usr/bin/bwrap"
 INSTALL_BWRAP = "sudo apt install bubblewrap"
@@ -110,14 +110,13 @@ def _try_out(qemu: str) -> dict[str, Any]:
         }
     if not os.access(BWRAP, os.X_OK):
         return facts | {"problem": f"there is no {BWRAP}", "hint": INSTALL_BWRAP}
-    from vmkernel.vm.filter import seccomp_filter
-
-    fd = sealed_memory("filter", seccomp_filter())
+    command, fds = bwrap_command(BWRAP, qemu)
     try:
-        command = [*bwrap_command(BWRAP, qemu, fd), "--remount-ro", "/", "--", qemu, *_QUESTION]
-        answer = _ask(command, fd, as_user=BUILDER_UID if own_user else None)
+        command += ["--remount-ro", "/", "--", qemu, *_QUESTION]
+        answer = _ask(command, *fds, as_user=BUILDER_UID if own_user else None)
     finally:
-        os.close(fd)
+        for fd in fds:
+            os.close(fd)
     if answer.returncode == 0:
         return facts | {"problem": "", "hint": ""}
     return facts | {

@@ -53,10 +53,8 @@ _KVM = "/dev/kvm"
 _DEVICES = ("/dev/null", "/dev/urandom")
 _LIBRARIES = ("/lib", "/lib32", "/lib64")
 UNSHARE = "/usr/bin/unshare"  # util-linux, as setpriv
-_DIE_TOGETHER = (
-    UNSHARE, "--user", "--map-current-user", "--pid", "--fork", "--kill-child=KILL", "--",
-    "/bin/sh", "-c", f'{limit_tasks()}; echo >&2 && exec "$@"', "sh",
-)  # fmt: skip
+_NAMESPACE = ("--user", "--map-current-user", "--pid", "--fork", "--kill-child=KILL", "--")
+_LAST_LOOK = f'{limit_tasks()}; echo >&2 && exec "$@"\n'.encode()
 _BESIDE = ("../share/qemu", "../share/seabios", "../pc-bios", "../lib", "../lib64")
 """Where a QEMU that was not installed in /usr has its firmware and libraries."""
 
@@ -118,8 +116,8 @@ def enclose(
             words = [f"{name}={value}" for name, value in environment.items()]
             command = ["/usr/bin/env", "-i", *words, *command_line(_renamed(machine, links))]
         else:
-            opened.append(filter_fd := sealed_memory("filter", seccomp_filter()))
-            command = bwrap_command(wall.bwrap, machine.qemu, filter_fd)
+            command, fds = bwrap_command(wall.bwrap, machine.qemu)
+            opened += fds
             for path, writable in files.items():
                 command += _mount(path, writable, links.get(path))
             if machine.accelerator == "kvm":
@@ -135,10 +133,16 @@ def enclose(
     return Enclosed(command, _user_options(wall, machine, slot), opened)
 
 
-def bwrap_command(bwrap: str, qemu: str, filter_fd: int) -> list[str]:
-    """The part that is the same for every VM: namespaces, and what all of them see."""
+def bwrap_command(bwrap: str, qemu: str) -> tuple[list[str], list[int]]:
+    """The part that is the same for every VM: namespaces, and what all of them see.
+
+    And descriptors that it inherits, the caller's to close.
+    """
+    # By descriptor, since some systemd-run (`vm.limits`) would change a $ in its words
+    script = sealed_memory("script", _LAST_LOOK)
+    seccomp = sealed_memory("filter", seccomp_filter())
     command = [
-        *_DIE_TOGETHER,
+        UNSHARE, *_NAMESPACE, "/bin/sh", f"/proc/self/fd/{script}",
         bwrap,
         "--unshare-user",
         "--unshare-net",
@@ -151,7 +155,7 @@ def bwrap_command(bwrap: str, qemu: str, filter_fd: int) -> list[str]:
         "--new-session",  # no terminal to type into
         "--as-pid-1",  # QEMU itself, and no third process of bubblewrap's
         "--cap-drop", "ALL",
-        "--seccomp", str(filter_fd),
+        "--seccomp", str(seccomp),
         "--clearenv",
         "--chdir", "/",
         "--ro-bind", "/usr", "/usr",
@@ -167,7 +171,7 @@ def bwrap_command(bwrap: str, qemu: str, filter_fd: int) -> list[str]:
     command += ["--proc", "/proc"]
     for path in _DEVICES:  # and not --dev, with which a writable tmpfs comes
         command += _device(path)
-    return command
+    return command, [script, seccomp]
 
 
 def sealed_memory(name: str, data: bytes) -> int:
