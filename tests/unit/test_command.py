@@ -78,11 +78,11 @@ tsc=reliable clocksource=tsc no_timer_check mitigations=off
 -serial chardev:console
 -blockdev {"driver":"raw","node-name":"root","read-only":true,"file":{"driver":"file",\
 "filename":"/images/minimal/rootfs.erofs","aio":"threads","locking":"off"}}
--device virtio-blk-device,drive=root
+-device virtio-blk-device,drive=root,werror=report,rerror=report
 -blockdev {"driver":"qcow2","node-name":"scratch","cache":{"direct":false,"no-flush":true},\
 "discard":"unmap","file":{"driver":"file","filename":"/proc/self/fd/10","aio":"threads",\
 "locking":"off","cache":{"direct":false,"no-flush":true},"discard":"unmap"}}
--device virtio-blk-device,drive=scratch
+-device virtio-blk-device,drive=scratch,werror=report,rerror=report
 -object rng-random,id=entropy,filename=/dev/urandom
 -device virtio-rng-device,rng=entropy
 -device virtio-serial-device,max_ports=8
@@ -115,11 +115,11 @@ memory-backend=ram0,mem-merge=off,dump-guest-core=off
 -serial chardev:console
 -blockdev {"driver":"raw","node-name":"root","read-only":true,"file":{"driver":"file",\
 "filename":"/images/minimal/rootfs.erofs","aio":"threads","locking":"off"}}
--device virtio-blk-device,drive=root
+-device virtio-blk-device,drive=root,werror=report,rerror=report
 -blockdev {"driver":"qcow2","node-name":"scratch","cache":{"direct":false,"no-flush":true},\
 "discard":"unmap","file":{"driver":"file","filename":"/proc/self/fd/10","aio":"threads",\
 "locking":"off","cache":{"direct":false,"no-flush":true},"discard":"unmap"}}
--device virtio-blk-device,drive=scratch
+-device virtio-blk-device,drive=scratch,werror=report,rerror=report
 -object rng-random,id=entropy,filename=/dev/urandom
 -device virtio-rng-device,rng=entropy
 -device virtio-serial-device,max_ports=8

@@ -79,6 +79,7 @@ def main() -> NoReturn:
     trace.begin(os.environ.get(trace.VARIABLE, ""))
     trace.mark("interpreter up")
     import_without("typing_extensions", "msgspec")  # 17 ms, where it happens to be installed
+    from vmkernel.host.descriptors import want_descriptors
     from vmkernel.host.memory import MOST_IN_WRAPPER, limit_memory
     from vmkernel.settings import Settings, load_settings_with_sources
 
@@ -88,6 +89,7 @@ def main() -> NoReturn:
     failure: VmError | None = None
     begun: Started | None = None
     try:
+        want_descriptors()
         connection_file, overrides, options = parse_arguments(sys.argv[1:])
     except VmError as error:
         sys.exit(error.explain())

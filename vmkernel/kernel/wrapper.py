@@ -316,6 +316,9 @@ class Wrapper:
                     asyncio.get_running_loop().call_later(DEAF, self._offer_more, exchange)
         except VmError as error:
             log.warning("the interrupt failed: %s", error)
+            if exchange is not None and exchange is self._main.open:
+                text = f"\nvmkernel: the interrupt was not heard: {error}. Restart the kernel if "
+                self.sockets.stderr(f"{text}this lasts.\n", exchange.request.raw[0])
         finally:
             self._interrupting = None
 

@@ -39,6 +39,10 @@ MAX_PORTS = 8
 # changing priorities or CPU sets. A QEMU that was broken out of cannot start a program.
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
+# A full disk of the host's is the guest's I/O error. QEMU's own way is to stop the machine and wait
+# for somebody: a cell would hang without a word.
+DISK_ERRORS = "werror=report,rerror=report"
+
 
 class Machine(msgspec.Struct, frozen=True, kw_only=True):
     """One microVM, as QEMU is to be started for it.
@@ -166,8 +170,8 @@ def qemu_argv(machine: Machine) -> list[str]:
             argv += ["-initrd", m.initrd]
     argv += [*_socket("monitor", m.monitor_fd), "-mon", "chardev=monitor,mode=control"]
     argv += [*_socket("console", m.console_fd), "-serial", "chardev:console"]
-    argv += ["-blockdev", _rootfs(m), "-device", "virtio-blk-device,drive=root"]
-    argv += ["-blockdev", _scratch(m), "-device", "virtio-blk-device,drive=scratch"]
+    argv += ["-blockdev", _rootfs(m), "-device", f"virtio-blk-device,drive=root,{DISK_ERRORS}"]
+    argv += ["-blockdev", _scratch(m), "-device", f"virtio-blk-device,drive=scratch,{DISK_ERRORS}"]
     argv += ["-object", "rng-random,id=entropy,filename=/dev/urandom"]
     argv += ["-device", "virtio-rng-device,rng=entropy"]
     argv += ["-device", f"virtio-serial-device,max_ports={MAX_PORTS}"]
