@@ -74,7 +74,7 @@ class Engine:
         self.interrupts = Interrupts()
         self.port = Port(port_fd, self.interrupts)
         self.control = ControlLane(Port(control_fd))
-        self.pump = OutputPump(output_fds, self.port.flush)
+        self.pump = OutputPump(output_fds, self.port.flush, self.interrupts)
         self._requests: list[tuple[messages.ToGuest, list[memoryview]]] = []
         self._inputs: list[str] = []
         self._awake = False

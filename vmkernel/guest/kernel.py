@@ -78,9 +78,8 @@ class PortKernel(IPythonKernel):
     def _cancel_on_sigint(self, future: asyncio.Future[Any]) -> Iterator[None]:
         """Cancel a top-level await on SIGINT, also when the loop sleeps (ipykernel#881)."""
         loop = asyncio.get_running_loop()
-        previous = signal.signal(
-            signal.SIGINT, lambda *_: loop.call_soon_threadsafe(future.cancel) and None
-        )
+        cancel = functools.partial(loop.call_soon_threadsafe, future.cancel)
+        previous = signal.signal(signal.SIGINT, self.port.interrupts.calling(cancel))
         try:
             yield
         finally:

@@ -6,16 +6,21 @@ device that one process may open; /sys/class/virtio-ports/*/name tells which is 
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import signal
+import socket
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
 from vmkernel.protocol import frames
 
 READ_SIZE = 256 << 10
+_RINGS = 4096
 
 
 def open_port(name: str) -> int:
@@ -26,12 +31,22 @@ def open_port(name: str) -> int:
     raise FileNotFoundError(f"this VM has no virtio port {name!r}")
 
 
+def _forget_bell() -> None:
+    with suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+
+
 class Interrupts:
     """What SIGINT does in the guest kernel.
 
     It raises KeyboardInterrupt while a request is served (``armed``), and is ignored
     otherwise.  In the middle of a message on the port it is held back until the message
     is whole: half a frame would cut the kernel off from the host.
+
+    A signal that comes between Python's last look and a system call, or in another thread, does
+    not end that call: Python hears of it when ``time.sleep(60)`` is over.  So each signal also
+    rings a bell (`signal.set_wakeup_fd`), which the handler stills; a thread that hears it ring for
+    longer calls :meth:`remind`.
     """
 
     def __init__(self) -> None:
@@ -39,14 +54,58 @@ class Interrupts:
         self._held = 0
         self._pending = False
         self._main = threading.main_thread().ident
+        self._bell: tuple[socket.socket, socket.socket] | None = None
 
     def install(self) -> None:
         """Take SIGINT; from the main thread."""
+        self._bell = socket.socketpair()
+        for end in self._bell:
+            end.setblocking(False)
         signal.signal(signal.SIGINT, self.handle)
         signal.siginterrupt(signal.SIGINT, True)
+        signal.set_wakeup_fd(self._bell[1].fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_forget_bell)  # a child's signals are not ours
+
+    @property
+    def bell(self) -> int:
+        """The descriptor that is readable while a signal waits to be heard, -1 without one."""
+        return self._bell[0].fileno() if self._bell is not None else -1
+
+    def remind(self) -> bool:
+        """Signal once more if SIGINT still waits to be heard; whether it did.
+
+        The handler runs once for both.  Where it is the user's own, nothing is done: it may have
+        run, and need not still the bell.
+        """
+        if self._bell is None:
+            return False
+        with suppress(OSError):
+            signals = self._bell[0].recv(_RINGS, socket.MSG_PEEK)
+            handler = signal.getsignal(signal.SIGINT)
+            ours = handler == self.handle or getattr(handler, "func", None) == self._call
+            if ours and signal.SIGINT in signals and self._main is not None:
+                signal.pthread_kill(self._main, signal.SIGINT)
+                return True
+            self._bell[0].recv(len(signals))
+        return False
+
+    def still(self) -> None:
+        """What rang was heard, or is given up."""
+        if self._bell is not None:
+            with suppress(OSError):
+                self._bell[0].recv(_RINGS)
+
+    def calling(self, callback: Callable[[], object]) -> Callable[..., None]:
+        """A handler of SIGINT that calls this, for a while."""
+        return functools.partial(self._call, callback)
+
+    def _call(self, callback: Callable[[], object], signum: int, frame: FrameType | None) -> None:
+        self.still()
+        callback()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
+        self.still()
         if self._held:
             self._pending = True
         elif self.armed:
@@ -72,7 +131,7 @@ class Port:
 
     def __init__(self, fd: int, interrupts: Interrupts | None = None) -> None:
         self.fd = fd
-        self._interrupts = interrupts or Interrupts()
+        self.interrupts = interrupts or Interrupts()
         self._lock = threading.RLock()
         self._reader = frames.FrameReader()
         self._queued: list[frames.Piece] = []
@@ -92,7 +151,7 @@ class Port:
     def queue(self, body: bytes, buffers: tuple[frames.Piece, ...] = ()) -> None:
         """Append a message to those that the next :meth:`flush` writes at once."""
         pieces = frames.encode(body, buffers)
-        self._interrupts.hold()
+        self.interrupts.hold()
         try:
             with self._lock:
                 self._queued += pieces
@@ -100,19 +159,19 @@ class Port:
             if self._queued_bytes > frames.MAX_FRAME:
                 self.flush()
         finally:
-            self._interrupts.release()
+            self.interrupts.release()
 
     def flush(self) -> None:
         """Write what is queued; waits while the host does not read (back-pressure)."""
         if self.muted or not (self._queued or self._data):
             return
-        self._interrupts.hold()
+        self.interrupts.hold()
         try:
             while not self._write():
                 # Without the lock: a user's signal handler that runs meanwhile may print
                 select.select([], [self.fd], [])
         finally:
-            self._interrupts.release()
+            self.interrupts.release()
 
     def discard(self) -> None:
         """Forget what is queued."""
@@ -152,7 +211,7 @@ class Port:
 
     def receive(self) -> list[bytearray]:
         """The messages that can be had without waiting.  Raises ProtocolError."""
-        self._interrupts.hold()
+        self.interrupts.hold()
         messages: list[bytearray] = []
         try:
             while True:
@@ -166,7 +225,7 @@ class Port:
                 if len(data) < 4096:
                     break
         finally:
-            self._interrupts.release()
+            self.interrupts.release()
         return messages
 
     def wait(self, timeout: float | None = None) -> None:

@@ -7,13 +7,15 @@ second: it is published when the cell ends, when enough has come together, or
 ``FLUSH_INTERVAL`` after it was written, whichever is first.  A flush sends at once, so that
 the words before a crash are heard; but not too often, or a loop of ``print(..., flush=True)``
 would be a flood: then it settles the order of what is sent, and no more.  One thread serves
-both the timer and the descriptors, and sleeps while nothing is written.
+both the timer and the descriptors, and sleeps while nothing is written.  It also sees to it that an
+interrupt is heard (`guest.port.Interrupts`).
 """
 
 from __future__ import annotations
 
 import contextvars
 import fcntl
+import math
 import os
 import select
 import signal
@@ -26,6 +28,8 @@ from typing import Any
 
 from ipykernel.iostream import OutStream
 
+from vmkernel.guest.port import Interrupts
+
 FLUSH_INTERVAL = 0.1
 """Seconds that output waits for more of its kind while a cell runs."""
 FLUSH_CHARACTERS = 256 << 10
@@ -36,6 +40,9 @@ READ_SIZE = 64 << 10
 LOOK_INTERVAL = 0.001
 """Seconds after which a write looks for what children and C code wrote before it; no child
 starts and ends in less."""
+
+REMINDERS = (0.05, 0.2, 0.8)
+"""Seconds after which a signal that nobody has heard is sent again, and again."""
 
 Publish = Callable[[str, str, dict[str, Any]], None]
 """publish(name, text, parent header)"""
@@ -156,8 +163,14 @@ class PortStream(OutStream):
 class OutputPump:
     """Reads descriptors 1 and 2, and publishes buffered output in time."""
 
-    def __init__(self, read_fds: dict[str, int], flush_port: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        read_fds: dict[str, int],
+        flush_port: Callable[[], None],
+        interrupts: Interrupts | None = None,
+    ) -> None:
         self._fds = read_fds
+        self._interrupts = interrupts or Interrupts()
         self.flush_port = flush_port
         self.streams: dict[str, PortStream] = {}
         self.lock = threading.RLock()
@@ -252,16 +265,32 @@ class OutputPump:
         names = {fd: name for name, fd in self._fds.items()}
         for fd in (*names, self._event):
             poll.register(fd, select.POLLIN)
+        bell = self._interrupts.bell
+        if bell >= 0:
+            poll.register(bell, select.POLLIN)
+        reminders: list[float] = []  # when to look whether an interrupt was heard
         deadline = 0.0  # when what is buffered must go out; 0: nothing is
         while True:
-            timeout = max(0.0, deadline - time.monotonic()) * 1000 if deadline else None
-            for fd, _ in poll.poll(timeout):
+            next_one = min([deadline or math.inf, *reminders[:1]])
+            left = max(0.0, next_one - time.monotonic()) * 1000
+            for fd, event in poll.poll(None if math.isinf(left) else left):
+                if fd == bell:
+                    poll.modify(bell, 0)
+                    if event == select.POLLIN:
+                        reminders = [time.monotonic() + delay for delay in REMINDERS]
+                    continue
                 if fd in names:
                     self._read(names[fd], fd)
                 else:
                     os.eventfd_read(fd)
                 if not deadline:
                     deadline = time.monotonic() + FLUSH_INTERVAL
+            if reminders and time.monotonic() >= reminders[0]:
+                del reminders[0]
+                if not self._interrupts.remind() or not reminders:
+                    reminders = []
+                    self._interrupts.still()
+                    poll.modify(bell, select.POLLIN)
             if deadline and time.monotonic() >= deadline:
                 deadline = 0.0
                 self._awake = False

@@ -47,6 +47,10 @@ def _is_transient(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("display_id"), str | None)
 
 
+def _is_status(value: Any) -> bool:
+    return isinstance(value, str) and value in ("ok", "error", "aborted", "abort")
+
+
 def _is_list(value: Any) -> bool:
     return isinstance(value, list)
 
@@ -72,7 +76,7 @@ _FIELDS: dict[str, dict[str, Check]] = {
     "debug_event": {"event": _is_name},
     "execute_reply": {
         **_ERROR,
-        "status": _is_name,
+        "status": _is_status,
         "execution_count": _is_count,
         "payload": _is_list,
         "user_expressions": _is_object,

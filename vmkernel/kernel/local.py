@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vmkernel import __version__
 from vmkernel.errors import VmError
 from vmkernel.protocol.messages import PROTOCOL_VERSION
+from vmkernel.text import plain_text
 
 if TYPE_CHECKING:
     from vmkernel.image.store import Manifest
@@ -52,7 +53,7 @@ def kernel_info(
     info = guest_info or _expected_info(manifest)
     language = info.get("language_info")
     name = language.get("name", "") if isinstance(language, dict) else ""
-    banner = str(info.get("banner") or name).rstrip()
+    banner = plain_text(str(info.get("banner") or name)).rstrip()  # consoles print it
     return {
         **info,
         "protocol_version": PROTOCOL_VERSION,

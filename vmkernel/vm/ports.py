@@ -59,6 +59,7 @@ class Port(asyncio.Protocol):
         self._on_message = on_message
         self._on_lost = on_lost
         self._max_unsent = max_unsent
+        self._max_message = max_message
         self._reader = frames.FrameReader(max_message)
         self._transport: asyncio.Transport | None = None
         self._broken = False
@@ -164,7 +165,7 @@ class Port(asyncio.Protocol):
         """Hang up; ``on_lost`` is not called any more."""
         self._on_lost = lambda error: None
         self._on_message = lambda body, buffers: None
-        self._arrived.clear()
+        self._forget()
         # asyncio tells of the loss a turn later: who sends before that would wait for ever.
         self._broken = True
         if self._transport is not None:
@@ -219,8 +220,13 @@ class Port(asyncio.Protocol):
             log.exception("a message on port %s cannot be handled", self.name, exc_info=error)
             error = ProtocolError(f"a message that cannot be handled ({error!r:.500})")
         self._broken = True
-        self._arrived.clear()
+        self._forget()
         self._on_lost(error)
+
+    def _forget(self) -> None:
+        """Let go of what has come: it may be large, and a VM's end takes a while."""
+        self._arrived.clear()
+        self._reader = frames.FrameReader(self._max_message)
 
     def _regulate(self) -> None:
         """Read when there is no reason to wait and nothing that came before."""
