@@ -12,6 +12,7 @@ import select
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from vmkernel.protocol import frames
 
 READ_SIZE = 256 << 10
 _RINGS = 4096
+_INSTANT = 1.0
 
 
 def open_port(name: str) -> int:
@@ -55,6 +57,9 @@ class Interrupts:
         self._pending = False
         self._main = threading.main_thread().ident
         self._bell: tuple[socket.socket, socket.socket] | None = None
+        self._heard = 0
+        self._reminder = (-2, 0.0)
+        """How many were heard before the last reminder, and when that was"""
 
     def install(self) -> None:
         """Take SIGINT; from the main thread."""
@@ -79,14 +84,17 @@ class Interrupts:
         """
         if self._bell is None:
             return False
+        heard = self._heard
         with suppress(OSError):
             signals = self._bell[0].recv(_RINGS, socket.MSG_PEEK)
             handler = signal.getsignal(signal.SIGINT)
             ours = handler == self.handle or getattr(handler, "func", None) == self._call
-            if ours and signal.SIGINT in signals and self._main is not None:
+            if not ours or signal.SIGINT not in signals or self._main is None:
+                self._bell[0].recv(len(signals))
+            elif self._heard == heard:
+                self._reminder = (heard, time.monotonic())
                 signal.pthread_kill(self._main, signal.SIGINT)
                 return True
-            self._bell[0].recv(len(signals))
         return False
 
     def still(self) -> None:
@@ -95,17 +103,25 @@ class Interrupts:
             with suppress(OSError):
                 self._bell[0].recv(_RINGS)
 
+    def _hear(self) -> bool:
+        """A signal was heard; False for a reminder of one that was heard in that very instant."""
+        self.still()
+        self._heard += 1
+        count, when = self._reminder
+        return self._heard != count + 2 or time.monotonic() - when > _INSTANT
+
     def calling(self, callback: Callable[[], object]) -> Callable[..., None]:
         """A handler of SIGINT that calls this, for a while."""
         return functools.partial(self._call, callback)
 
     def _call(self, callback: Callable[[], object], signum: int, frame: FrameType | None) -> None:
-        self.still()
-        callback()
+        if self._hear():
+            callback()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        self.still()
+        if not self._hear():
+            return
         if self._held:
             self._pending = True
         elif self.armed:

@@ -41,7 +41,7 @@ LOOK_INTERVAL = 0.001
 """Seconds after which a write looks for what children and C code wrote before it; no child
 starts and ends in less."""
 
-REMINDERS = (0.05, 0.2, 0.8)
+REMINDERS = (0.1, 0.4, 1.5)
 """Seconds after which a signal that nobody has heard is sent again, and again."""
 
 Publish = Callable[[str, str, dict[str, Any]], None]

@@ -30,6 +30,9 @@ log = logging.getLogger("vmkernel")
 PATIENCE = 2.0
 """Seconds that an editor's question waits for a guest that is coming up."""
 
+BEGIN_PATIENCE = 5.0
+"""Seconds that an interrupt waits for the cell that it is meant for to begin in the guest."""
+
 EXECUTE = "execute_request"
 
 
@@ -41,8 +44,8 @@ class Exchange:
     """A request that is with the guest."""
 
     __slots__ = (
-        "asked", "awaiting", "done", "lane", "noted", "own", "question", "replied", "request",
-        "shown", "started", "warned",
+        "asked", "awaiting", "begun", "done", "interrupted", "lane", "noted", "own", "question",
+        "replied", "request", "shown", "started", "warned",
     )  # fmt: skip
 
     def __init__(self, request: Request, lane: Lane | None) -> None:
@@ -54,6 +57,9 @@ class Exchange:
         """What is replied in place of the guest's answer"""
         self.shown = False
         """Its execute_input was published"""
+        self.begun = asyncio.Event()
+        """The guest runs it: its execute_input was published"""
+        self.interrupted = False
         self.warned = False
         """It went on after an interrupt, and the user was told"""
         self.noted = False
@@ -66,6 +72,15 @@ class Exchange:
         """The cell waits in the guest's event loop: comm messages can be served."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """The guest said idle, or died (an exception)."""
+
+    async def can_be_interrupted(self) -> None:
+        """Wait until a signal would hit its code, or it is done; a guest may never say so."""
+        if self.request.msg_type != EXECUTE or self.request.content.get("silent"):
+            return
+        begun = asyncio.ensure_future(self.begun.wait())
+        waiting: set[asyncio.Future[Any]] = {begun, self.done}
+        await asyncio.wait(waiting, timeout=BEGIN_PATIENCE, return_when=asyncio.FIRST_COMPLETED)
+        begun.cancel()
 
 
 class Owner(Protocol):
@@ -102,6 +117,8 @@ class Lane:
         self.subshell_id = subshell_id
         self.exchange: Exchange | None = None
         """The request that is or was with the guest, until it is done with here, too"""
+        self.request: Request | None = None
+        """What is being served, by the guest or without it"""
         self.replied = False
         self._owner = owner
         self._queue: deque[Request] = deque()
@@ -184,7 +201,7 @@ class Lane:
             # An interrupt that was sent before this request came by another socket, and is not
             # meant for it: let it be heard now, when nothing runs.
             owner.sockets.drain("control")
-            request = self._queue.popleft()
+            request = self.request = self._queue.popleft()
             self.replied = False
             owner.sockets.status("busy", request.raw[0])
             try:
@@ -195,7 +212,7 @@ class Lane:
                 log.exception("%r could not be served", request)
                 self._fail(request, local.explain(_unexpected(error)))
             finally:
-                self.exchange = None
+                self.exchange = self.request = None
             owner.sockets.status("idle", request.raw[0])
 
     async def _serve(self, request: Request) -> None:
@@ -215,7 +232,7 @@ class Lane:
             try:
                 await self._serve_by_guest(request)
             except InterruptedWait:
-                self._fail(request, local.interrupted())
+                self._fail(request, local.interrupted(sent=self.exchange is not None))
 
     async def _guest_soon(self) -> bool:
         """Whether there is a guest, or one within the patience of an editor."""
@@ -241,6 +258,8 @@ class Lane:
         trace.mark("first request for the guest")
         self.exchange = self._owner.send(guest, request, self)
         await self.exchange.done
+        if not self.exchange.replied and self.exchange.interrupted:
+            raise InterruptedWait  # between two steps of the guest's: before its code, or after it
         if not self.exchange.replied and request.msg_type not in COMM_TYPES:
             # Nobody may be left waiting, whatever the guest forgot or cannot do.
             error = local.error_content(

@@ -121,11 +121,10 @@ def explain(error: VmError) -> dict[str, Any]:
     return error_content(type(error).__name__, error.message, lines)
 
 
-def interrupted() -> dict[str, Any]:
-    """The error of a cell that was interrupted before it reached a guest."""
-    return error_content(
-        "KeyboardInterrupt",
-        "interrupted while waiting for a VM; the cell did not run",
-        ["\x1b[31mKeyboardInterrupt\x1b[39m: interrupted while waiting for a VM; "
-         "the cell did not run"],
-    )  # fmt: skip
+def interrupted(*, sent: bool = False) -> dict[str, Any]:
+    """The error of a cell that was interrupted before it reached a guest, or at its very edge."""
+    reason = "interrupted while waiting for a VM; the cell did not run"
+    if sent:
+        reason = "interrupted as the cell began or ended; it may have run"
+    line = f"\x1b[31mKeyboardInterrupt\x1b[39m: {reason}"
+    return error_content("KeyboardInterrupt", reason, [line])

@@ -84,6 +84,18 @@ class Request:
         """Such as ``execute_request``."""
         return str(self.header.get("msg_type", ""))
 
+    def was_sent_before(self, other: Request) -> bool:
+        """Whether the same client sent this one earlier; False when that cannot be known."""
+        if self.header.get("session") != other.header.get("session"):
+            return False
+        try:
+            mine, theirs = (
+                datetime.fromisoformat(request.header["date"]) for request in (self, other)
+            )
+            return mine < theirs
+        except (KeyError, TypeError, ValueError):
+            return False
+
     def __repr__(self) -> str:
         return f"<Request {self.channel} {self.msg_type} {self.msg_id}>"
 

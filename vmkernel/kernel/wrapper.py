@@ -139,7 +139,7 @@ class Wrapper:
         elif request.channel == "control" or request.msg_type == "shutdown_request":
             # Shutdown came on shell once, and ipykernel still takes it there.
             if request.msg_type == "interrupt_request":
-                self.interrupt()  # at once: it is meant for what runs now
+                self.interrupt(request)  # at once: it is meant for what runs now
             self._spawn(self._control(request))
         else:
             self._to_lane(request)
@@ -302,14 +302,22 @@ class Wrapper:
         if exchange is None or not exchange.replied:
             self.reply(request, content)
 
-    def interrupt(self) -> None:
-        """Interrupt what is running or waited for: from a message, or from SIGINT."""
+    def interrupt(self, asked: Request | None = None) -> None:
+        """Interrupt what is running or waited for: from a message, or from SIGINT (None)."""
+        running = self._main.request
+        if asked is not None and running is not None and asked.was_sent_before(running):
+            return  # it came by another socket, and later than what was sent after it
         if not self._main.interrupt() and self._interrupting is None:
             self._interrupting = self._spawn(self._interrupt_guest())
 
     async def _interrupt_guest(self) -> None:
         guest, exchange = self.supply.current, self._main.exchange
         try:
+            if exchange is not None:
+                await exchange.can_be_interrupted()
+                if exchange.done.done():
+                    return
+                exchange.interrupted = True
             if guest is not None:
                 await guest.interrupt(kill=exchange is not None and exchange.warned)
                 if exchange is not None and not exchange.done.done():
@@ -458,6 +466,8 @@ class Wrapper:
             self._odd("cells shown that do not begin", message)
         else:
             header = parent[0] if parent is not None else b"{}"
+            if msg_type in COMM_TYPES:
+                self._note_comm(message, parent)
             passed = self._outputs.iopub(
                 msg_type,
                 (content, message.metadata, buffers),
@@ -470,12 +480,11 @@ class Wrapper:
             if passed is None:
                 return
             content, metadata, buffers = passed
-            if msg_type in COMM_TYPES:
-                self._note_comm(message, parent)
-            elif msg_type in ("execute_input", "execute_result") and exchange is not None:
+            if msg_type in ("execute_input", "execute_result") and exchange is not None:
                 self._note_history(exchange, msg_type, content)
                 if msg_type == "execute_input":
                     exchange.shown = True
+                    exchange.begun.set()
                     content = {**content, "code": exchange.request.content.get("code", "")}
             self.sockets.publish(msg_type, content, header, metadata, buffers)
 
