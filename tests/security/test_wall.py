@@ -32,6 +32,12 @@ ROOTS = {
     "become_root", "load_bpf", "mount_something", "read_the_kernels_log", "read_the_passwords",
     "watch_performance", "write_a_sysctl", "write_the_ram",
 }  # fmt: skip
+# What only the filter stops: nothing of it leads to another process's or user's data
+FILTERED = {
+    "give_its_slot_back", "handle_page_faults", "keep_a_key", "leave_for_another_user_namespace",
+    "make_memory_files", "open_a_netlink_socket", "send_a_datagram", "set_up_io_uring",
+    "share_system_v_memory", "start_a_process", "take_another_slot",
+}  # fmt: skip
 # What the start of each QEMU sees to, behind the wall or not (tests/vm/test_qemu.py), or the kernel
 EVER = {
     "find_more_descriptors", "find_words_in_the_environment", "leave_a_core_dump", "raise_a_limit"
@@ -54,7 +60,7 @@ def results(user: str, session_dir: Path) -> dict[str, Results]:
         missing("bubblewrap is not installed")
     session_dir.chmod(0o711)  # to be passed through
     found = {}
-    for around in ("wall", "nothing"):
+    for around in ("wall", "namespaces", "nothing"):
         place = session_dir / f"broken-{user}-{around}"
         place.mkdir()
         setuid = place / "setuid"
@@ -82,6 +88,12 @@ def results(user: str, session_dir: Path) -> dict[str, Results]:
 def test_behind_the_wall_it_fails(results: dict[str, Results], attack: str) -> None:
     well, seen = results["wall"][attack]
     assert not well, seen
+
+
+def test_the_namespaces_alone_keep_it_from_the_host(results: dict[str, Results]) -> None:
+    """The filter is a layer over them, and no replacement."""
+    can = {name: seen for name, (well, seen) in results["namespaces"].items() if well}
+    assert can.keys() <= FILTERED, can
 
 
 def test_without_the_wall_they_go_well(results: dict[str, Results], user: str) -> None:

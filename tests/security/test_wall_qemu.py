@@ -20,16 +20,19 @@ import pytest
 from prerequisites import missing
 from vmhost import RunningVm, VmHost, seconds_until
 from vmkernel import VmManager
+from vmkernel.errors import VmError
 from vmkernel.host import processes, running
 from vmkernel.host.registry import vm_dir
 from vmkernel.settings import load_settings
+from vmkernel.vm import wall
 from vmkernel.vm.build import _Boot, _prepare_files
-from vmkernel.vm.sandbox import find_sandbox
+from vmkernel.vm.sandbox import find_sandbox, find_wall
 from vmkernel.vm.template import Manifest
 from vmkernel.vm.wall import BUILDER_UID, VM_UIDS
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(200)]
 
+QEMU = "/usr/bin/qemu-system-x86_64"
 SOMEBODY = 4242
 NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
 QUICK = 1.0
@@ -40,7 +43,7 @@ QUICK = 1.0
 def host(template: str, session_dir: Path) -> Iterator[VmHost]:
     """A host of the test's own; nothing of it may be left at the end."""
     host = VmHost(session_dir)
-    if problem := find_sandbox(host.settings(), "/usr/bin/qemu-system-x86_64").problem:
+    if problem := find_sandbox(host.settings(), QEMU).problem:
         missing(problem)
     yield host
     seconds_until(lambda: not host.left(), 5)
@@ -100,6 +103,17 @@ class TestWhoItIs:
             assert set(opened(process.qemu_pid, "scratch.raw")) == {"r"}
             assert set(opened(process.qemu_pid, "rootfs.erofs")) == {"r"}
             assert opened(process.qemu_pid, "state") == []  # a copy in memory, closed when loaded
+            assert vm.start.template is not None
+            directory = vm.start.template.directory
+            assert directory.parent.stat().st_mode & 0o777 == 0o700
+            assert directory.stat().st_mode & 0o777 == 0o700
+            files = {path.name: path.stat() for path in directory.iterdir()}
+            assert {found.st_uid for found in files.values()} == {os.geteuid()}
+            modes = {name: found.st_mode & 0o777 for name, found in files.items()}
+            del modes["used"], modes["manifest.json"]  # nothing that a VM would be given
+            assert modes == {
+                "ram": 0o444, "scratch.raw": 0o444, "scratch.qcow2": 0o400, "state": 0o400
+            }  # fmt: skip
             assert await vm.run("print(6 * 7)") == "42\n"
 
     async def test_two_vms_of_a_manager_are_two_users_and_do_not_see_each_other(
@@ -163,6 +177,18 @@ async def main():
         sys.stdin.read()
 asyncio.run(main())
 """
+
+
+class TestTheShim:
+    async def test_a_vm_without_it_does_not_start(
+        self, host: VmHost, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A shim that is not loaded opens nothing."""
+        monkeypatch.setattr(wall, "shim", lambda: b"no shared object")
+        if find_wall(host.settings(), QEMU).private_option:
+            pytest.skip("this QEMU has an option for it")
+        with pytest.raises(VmError, match="can't open backing store"):
+            await RunningVm(host.settings()).__aenter__()
 
 
 class TestTheRunnersSocket:
