@@ -201,7 +201,12 @@ class Guest:
             self._woken.set_result(None)
         else:
             reason = str(message.content.get("evalue"))[:MOST_REASON]
-            self._fail(VmGuestError(f"the guest kernel: {reason}"))
+            self._fail(
+                VmGuestError(
+                    f"the guest kernel did not wake up: {reason}",
+                    hint="build the image again if this lasts: vmkernel image build NAME --force",
+                )
+            )
 
     def _on_too_much(self, body: memoryview, error: TooMuchError) -> None:
         """Leave out what is more than the host can bear, and say so where it would have stood."""

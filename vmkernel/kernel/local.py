@@ -112,13 +112,19 @@ def unknown_subshell(subshell_id: str) -> dict[str, Any]:
 
 
 def explain(error: VmError) -> dict[str, Any]:
-    """A VmError as the content of an ``error`` message."""
-    lines = [f"\x1b[31m{type(error).__name__}\x1b[39m: {error.message}"]
-    if error.hint:
-        lines.append(f"\x1b[32mWhat to do:\x1b[39m {error.hint}")
+    """A VmError as the content of an ``error`` message.
+
+    It may quote what a guest said (last words, its console): a terminal is to obey none of that.
+    """
+    from vmkernel.text import plain_text
+
+    message, hint = plain_text(error.message), plain_text(error.hint)
+    lines = [f"\x1b[31m{type(error).__name__}\x1b[39m: {message}"]
+    if hint:
+        lines.append(f"\x1b[32mWhat to do:\x1b[39m {hint}")
     if error.log_path:
         lines.append(f"Log: {error.log_path}")
-    return error_content(type(error).__name__, error.message, lines)
+    return error_content(type(error).__name__, message, lines)
 
 
 def interrupted(*, sent: bool = False) -> dict[str, Any]:

@@ -325,7 +325,8 @@ class Wrapper:
         except VmError as error:
             log.warning("the interrupt failed: %s", error)
             if exchange is not None and exchange is self._main.open:
-                text = f"\nvmkernel: the interrupt was not heard: {error}. Restart the kernel if "
+                reason = local.explain(error)["evalue"]  # without what a terminal obeys
+                text = f"\nvmkernel: the interrupt was not heard: {reason}. Restart the kernel if "
                 self.sockets.stderr(f"{text}this lasts.\n", exchange.request.raw[0])
         finally:
             self._interrupting = None
