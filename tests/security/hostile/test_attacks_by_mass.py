@@ -1,0 +1,80 @@
+"""What takes long: gigabytes of output, and the largest message that there may be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from hostile.attack import code_of
+from hostile.rig import Rig
+
+pytestmark = [pytest.mark.vm, pytest.mark.timeout(3600)]
+
+
+def stream(guest, size):
+    """So many MiB of text."""
+    batch = guest.framed("stream", {"name": "stdout", "text": "x" * MIB})  # noqa: F821 - the guest's
+    for _ in range(size):
+        guest.raw("kernel", batch)
+
+
+def test_gigabytes_of_output_take_no_memory(rig: Rig, rounds: Callable[..., int]) -> None:
+    size = rounds(quick=64, full=4096)
+    victim = rig.victim()
+    victim.peak()
+    cell = victim.send(code_of(stream, size=size), allow_stdin=False)
+    received = waits = 0
+    slowest = 0.0
+    while not cell.done:
+        with rig.unharmed():
+            victim.listen(0.5)
+            slowest = max(slowest, victim.check_responsive())
+            waits += 1
+        received += sum(len(content["text"]) for content in cell.contents("stream"))
+        cell.messages[:] = [m for m in cell.messages if m["msg_type"] != "stream"]
+    received += sum(len(content["text"]) for content in cell.contents("stream"))
+    assert cell.status == "ok"
+    assert received == size << 20
+    peak = victim.peak()
+    print(f"{size} MiB: peak {peak} MiB, slowest answer {slowest:.1f} s of {waits}")
+    assert peak < 300
+    victim.check_honest()
+
+
+def message_of(guest, size):
+    """One message of so many bytes."""
+    head = b'["iopub","display_data","' + guest.msg_id.encode() + b'",{},{"data":{},"metadata":{}}]'
+    guest.raw("kernel", b"".join(frames.encode(head, [bytes(size - len(head) - 8)])))  # noqa: F821
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_the_largest_message_passes_and_one_byte_more_ends_the_vm(
+    rig: Rig, rounds: Callable[..., int], over: int
+) -> None:
+    from vmkernel.protocol import frames
+
+    victim = rig.victim()
+    victim.peak()
+    size = rounds(quick=48 << 20, full=frames.MAX_MESSAGE) if not over else frames.MAX_MESSAGE + 1
+    code = code_of(raw_message_of if over else message_of, size=size)
+    cell = victim.send(code, allow_stdin=False)
+    while not cell.done:
+        victim.check_responsive()
+        victim.listen(0.2)
+    peak = victim.peak()
+    print(f"{size} bytes: {cell.status}, peak {peak} MiB")
+    assert cell.status == ("error" if over else "ok"), cell
+    assert peak < 1100
+    for message in (*cell.messages,):
+        message["buffers"] = []
+    victim.check_honest()
+
+
+def raw_message_of(guest, size):
+    """As many bytes, by hand: our own encoder would refuse."""
+    left = size
+    while left:
+        part = min(left, MIB)  # noqa: F821
+        left -= part
+        word = part | (0x8000_0000 if left else 0)
+        guest.raw("kernel", word.to_bytes(4, "big") + bytes(part))
