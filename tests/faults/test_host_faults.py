@@ -63,10 +63,22 @@ def standing_by(spec: str, module_host: VmHost) -> Iterator[Bystander]:
 
 
 @pytest.fixture
-def host(standing_by: Bystander) -> Iterator[VmHost]:
+def host(standing_by: Bystander, tmp_path: Path) -> Iterator[VmHost]:
     """The host of a test, looked over at its end."""
     yield standing_by.host
     standing_by.is_well()
+    # A QEMU with a cache directory of the test's own is none of the host's
+    assert seconds_until(lambda: not vms_of(tmp_path), 10) < 10
+
+
+def vms_of(place: Path) -> list[int]:
+    """The QEMUs with files in this directory."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = "\n".join(process.info["cmdline"] or [])
+        if "-name\nvmkernel-" in line and f"{place}/" in line:
+            found.append(process.pid)
+    return found
 
 
 @pytest.fixture
@@ -168,6 +180,34 @@ def test_a_runtime_directory_on_a_full_disk(
         assert kernel.run("6 * 7").result == "42"
 
 
+def test_a_disk_that_fills_while_a_template_is_built(
+    spec: str, host: VmHost, small_disk: Callable[[str], Path]
+) -> None:
+    """Nothing of the attempt is left on it, and the next one succeeds or says the same."""
+    place = small_disk("size=560m,mode=700")
+    with running(spec, host, VMKERNEL_CACHE_DIR=str(place)) as kernel:
+        cell = kernel.send("6 * 7", allow_stdin=False)
+        kernel.wait(lambda: vms_of(place), "the template's boot", 60)
+        with suppress(OSError), open(place / "fill", "wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 20))
+        kernel.finish(cell, 120)
+        told(cell, "signal 7|No space left", "[Ff]ree space.*VMKERNEL_CACHE_DIR")
+        assert [path.name for path in place.glob("templates/.tmp-*")] == []
+        assert vms_of(place) == []
+
+
+def test_a_full_disk_for_the_history(
+    spec: str, host: VmHost, small_disk: Callable[[str], Path]
+) -> None:
+    place = small_disk("size=64k,mode=700")
+    with suppress(OSError), open(place / "fill", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+    with running(spec, host, IPYTHONDIR=str(place)) as kernel:
+        assert [kernel.run(f"6 * {n}").result for n in range(3)] == ["0", "6", "12"]
+
+
 # --- files that are lost or changed ---
 
 
@@ -257,24 +297,39 @@ def test_directories_removed_under_way(spec: str, host: VmHost, tmp_path: Path) 
 
 
 def test_a_template_removed_under_its_clones(spec: str, host: VmHost, tmp_path: Path) -> None:
-    """Clones that run have its files open; one that starts is told, or builds it anew."""
-    cache = tmp_path / "cache"
-    shutil.copytree(load_settings().cache_dir / "templates", cache / "templates",
-                    ignore=lambda d, names: [n for n in names if n.startswith(".")],
-                    copy_function=_copy_sparse)  # fmt: skip
-    env = {"VMKERNEL_CACHE_DIR": str(cache)}
+    """Clones that run have its files open.  One that starts has them, too, or says what is wrong,
+    and the next cell builds them anew.
+    """
+    (qemu,) = host.qemus()
+    line = Path(f"/proc/{qemu}/cmdline").read_text()
+    used = load_settings().cache_dir / re.findall(r"templates/\w+(?=/)", line)[0]
+    mine = tmp_path / "cache" / "templates"
+    mine.mkdir(parents=True)
+    subprocess.run(["cp", "-a", "--sparse=always", used, mine], check=True)
+    # The copy has other inodes, and the manifest names those of the original
+    manifest = mine / used.name / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for name, record in content["files"].items():
+        record["inode"] = (mine / used.name / name).stat().st_ino
+    manifest.write_text(json.dumps(content))
+
+    env = {"VMKERNEL_CACHE_DIR": str(mine.parent)}
     with running(spec, host, **env) as kernel:
         assert kernel.run("x = 6 * 7; x").result == "42"
-        gone = tmp_path / "gone"
-        (cache / "templates").rename(gone)
-        shutil.rmtree(gone)
+        began = len(vms_of(tmp_path))
+        assert began
+        with running(spec, host, **env) as other:
+            assert seconds_until(lambda: len(vms_of(tmp_path)) > began, 20) < 20
+            mine.rename(tmp_path / "gone")
+            shutil.rmtree(tmp_path / "gone")
+            cell = other.run("6 * 7")
+            if cell.status == "error":
+                told(cell, "template", "start again|VMKERNEL_CACHE_DIR")
+                cell = other.run("6 * 7")
+            assert cell.result == "42"
         assert kernel.run("import json, decimal, sqlite3; x").result == "42"
         assert kernel.run("import os; os._exit(1)").error["ename"] == "VmGuestError"
         assert kernel.run("6 * 7").result == "42"
-
-
-def _copy_sparse(source: str, target: str) -> None:
-    subprocess.run(["cp", "--sparse=always", "-p", source, target], check=True)
 
 
 # --- time ---

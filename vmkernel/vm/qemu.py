@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 _LOG_CAP = 256 * 1024
 _SIGKILL = 9
+_SIGBUS = 7
 _BY_SIGNAL = 128
 """An exit status above it is a signal's number and this, as shells have it."""
 _END_SECONDS = 2.0
@@ -256,6 +257,11 @@ class QemuProcess:
         hint = next((todo for sign, todo in _HINTS if sign in words), "")
         if not hint and kind is VmGuestError and self.returncode == -_SIGKILL:
             hint = "Something killed the VM; is the host out of memory? (see `dmesg`)"
+        if not hint and self.returncode == -_SIGBUS:  # see mmap(2)
+            hint = (
+                "The file behind the VM's memory could not grow, or was cut: is the disk full? "
+                "Free space, or set VMKERNEL_CACHE_DIR to another disk"
+            )
         hint = hint or "Run `vmkernel doctor`"
         return kind(message, hint=hint, log_path=self.log.path)
 
