@@ -17,8 +17,8 @@ How the VM's files come in:
   and the names are links to /proc/self/fd.  It owns nothing but its scratch disk.
 
 Who dies with whom.  Bubblewrap's child asks for its parent's death signal only when the file system
-is built; a bubblewrap that is killed before that (measured: one of some ten that were killed while
-they started) leaves a QEMU behind, with its slot, and one that is killed in the first instant a
+is built; a bubblewrap that is killed before that leaves a QEMU behind, with its slot (seen twice
+in some 20 starts that were killed at random moments), and one that is killed in the first instant a
 child that waits for ever.  So bubblewrap is the first process of a process namespace of its own,
 whose end is the end of all in it, by the kernel's hand.  That first process is tied to who spawned
 it in two steps: `unshare --kill-child` asks for the signal, and then the shell writes an empty line
