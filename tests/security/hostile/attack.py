@@ -35,6 +35,8 @@ class Attack(NamedTuple):
     seconds: float
     """How long the cell may take, on a machine that is busy."""
     options: Mapping[str, Any]
+    says: str
+    """What the cell's output or error shows, as a regular expression: the attack took place."""
 
     @property
     def name(self) -> str:
@@ -60,13 +62,19 @@ class Attacks(list[Attack]):
     """A decorator that collects them."""
 
     def __call__(
-        self, *ends: str, peak: int = 120, seconds: float = 40, each: str = "", of: Any = ()
+        self,
+        *ends: str,
+        peak: int = 120,
+        seconds: float = 40,
+        each: str = "",
+        of: Any = (),
+        says: str = "",
     ) -> Callable[[Run], Run]:
         """``each``: a parameter that takes all values ``of`` these, an attack for each."""
 
         def add(run: Run) -> Run:
             for options in [{each: value} for value in of] or [{}]:
-                self.append(Attack(run, ends, peak, seconds, options))
+                self.append(Attack(run, ends, peak, seconds, options, says))
             return run
 
         return add

@@ -193,6 +193,7 @@ class Rig:
             assert is_harmless(shown), shown
         victim.check_honest()
         assert how in attack.ends, (how, cell.reply)
+        assert re.search(attack.says, cell.stdout + str(cell.reply.get("evalue"))), cell.stdout
         assert not victim.unlawful
         assert peak < attack.peak, f"the wrapper took {peak} MiB"
         assert len(victim.qemus) == 1
