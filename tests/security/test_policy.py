@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import time
 from typing import Any
 
 import mistune
@@ -80,6 +81,8 @@ def judge_html(html: str, *, elements: frozenset[str] = ELEMENTS) -> None:
 
 
 HTML = [
+    '<b onclick="alert(1)">x</b><b data-commandlinker-command="x" srcdoc="x">y</b>',
+    '<td title="ok" onmouseover="alert(1)" />',
     "<script>alert(1)</script>",
     "<SCRIPT/SRC=http://x/y.js></SCRIPT>",
     "<scr<script>ipt>alert(1)</scr</script>ipt>",
@@ -438,13 +441,13 @@ def test_pictures_are_base64_of_their_type() -> None:
 
 def test_metadata_is_what_renderers_know() -> None:
     given = {
-        "width": 10, "height": "5px", "isolated": True, "onclick": "x", "needs_background": "dark",
+        "width": 10, "height": "5px", "isolated": True, "onclick": "x", "note": 1, "needs_background": "dark",
         "text/html": {"isolated": True, "width": "1px;position:fixed", "class": "jp-x"},
         "image/png": {"width": 640, "height": [1], "unconfined": True, "needs_background": "x"},
     }  # fmt: skip
     data = {"text/html": "x", "image/png": PNG}
     assert clean(data, given)[1] == {
-        "width": 10, "height": "5px", "isolated": True, "needs_background": "dark",
+        "note": 1, "width": 10, "height": "5px", "isolated": True, "needs_background": "dark",
         "text/html": {"isolated": True}, "image/png": {"width": 640, "unconfined": True},
     }  # fmt: skip
 
@@ -482,6 +485,15 @@ def test_a_chart_that_loads_or_breaks_out_is_not_shown(change: dict[str, Any]) -
     assert shown("application/vnd.vegalite.v5+json", {**CHART, **change}) is None
 
 
+def test_a_chart_may_use_words() -> None:
+    words = {
+        "title": "import prices of the window document: fetch",
+        "encoding": {"x": {"field": "import"}, "y": {"field": "window", "title": "document"}},
+    }
+    chart = {**CHART, **words}
+    assert shown("application/vnd.vegalite.v5+json", chart) == chart
+
+
 def test_a_chart_has_no_say_about_its_embedding() -> None:
     embed = {"usermeta": {"embedOptions": {"sourceHeader": "<script>1</script>"}}}
     data, metadata, _ = clean(
@@ -494,7 +506,15 @@ def test_a_chart_has_no_say_about_its_embedding() -> None:
 
 def test_a_plotly_figure_keeps_data_and_looks() -> None:
     figure = {
-        "data": [{"type": "scatter", "x": [1], "text": ["<b>a</b><br>"], "name": "a < b"}],
+        "data": [
+            {
+                "type": "scatter",
+                "x": [1],
+                "text": ["<b>a</b><br>"],
+                "hovertemplate": "a=%{x}<br>b<extra></extra>",
+                "name": "a < b",
+            }
+        ],
         "layout": {"title": {"text": "t"}, "images": [{"source": f"data:image/png;base64,{PNG}"}]},
         "config": {"responsive": True},
     }
@@ -594,6 +614,48 @@ def test_what_went_is_told_once_in_a_cell() -> None:
     for n in range(1000):
         outputs.iopub("display_data", (content, {}, ()), str(n), {})
     assert len(outputs._told) <= 256
+
+
+HEAVY = {
+    "dashes": ("text/html", '<p style="color: ' + "–" * 200_000 + '=">x</p>'),
+    "few dashes": ("text/html", '<p style="color: ' + "–" * 60 + '=">x</p>'),
+    "spaces after src": ("text/html", "<script></script><img src=" + " " * 200_000),
+    "img": ("text/html", "<img " * 40_000 + "<script>"),
+    "style": ("text/html", "<style " * 30_000),
+    "styles": ("text/html", "<style>" * 30_000),
+    "media": ("text/html", "<style>@media" + " " * 200_000 + "x=a{a{color:red}}"),
+    "divs": ("text/html", "<div><x>" * 20_000),
+    "closed divs": ("text/html", "<div></x>" * 20_000),
+    "functions": ("text/html", '<p style="' + ("color:" + "a" * 1900 + ";") * 100 + '">'),
+    "attributes": ("text/html", "<b" + " a" * 90_000 + "!>"),
+    "comments": ("text/html", "<style>" + "/*" * 90_000),
+    "rules": ("text/html", "<style>" + "a{" * 90_000),
+    "data-": ("text/markdown", "$x$ = " + "data-" * 40_000),
+    "on": ("text/markdown", "$x$ = " + "on" * 90_000),
+    "links": ("text/markdown", "](&" * 60_000),
+    "spaced links": ("text/markdown", "](" + " " * 200_000),
+    "pictures": ("text/markdown", "![" * 90_000),
+    "tags": ("text/markdown", "<b title=" * 20_000),
+    "href": ("text/latex", "\\href{https://" * 15_000),
+    "spaced href": ("text/latex", "\\href" + " " * 200_000),
+    "svg style": ("image/svg+xml", f"<svg><style>{'a' * 200_000}</style></svg>"),
+    "svg comments": ("image/svg+xml", f"<svg><style>{'/*' * 90_000}</style></svg>"),
+    "svg path": ("image/svg+xml", f'<svg><path d="{"a" * 200_000}"/></svg>'),
+    "svg url": ("image/svg+xml", f'<svg><path d="{"url(" * 50_000}"/></svg>'),
+    "svg deep": ("image/svg+xml", "<svg>" + "<g>" * 60_000),
+    "escapes": ("text/plain", "\x1b[5n" * 50_000),
+    "half escapes": ("text/plain", "\x1b[" + "1" * 200_000),
+    "vega": ("application/vnd.vega.v5+json", {"a": "eval" + " " * 200_000}),
+    "plotly": ("application/vnd.plotly.v1+json", {"data": ["<b title=" * 20_000]}),
+}
+
+
+@pytest.mark.parametrize("name", HEAVY)
+def test_no_text_keeps_the_kernel_busy(name: str) -> None:
+    mime, value = HEAVY[name]
+    began = time.process_time()
+    clean({mime: value}, {})
+    assert time.process_time() - began < 1.5
 
 
 def test_trusted_changes_nothing() -> None:

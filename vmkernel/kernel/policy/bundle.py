@@ -111,6 +111,7 @@ _TYPES: dict[str, Callable[[Any], Cleaned]] = {
     "application/vnd.jupyter.stderr": _text(plain),
 }
 _VEGA = re.compile(r"application/vnd\.vega(?:lite)?\.v[1-9]\+json")
+_OWN = re.compile(r"(?!width|height|__)[A-Za-z0-9_.-]{1,64}")
 _MOST_TYPES = 64
 _NAME = re.compile(r"[A-Za-z0-9!#$&^_.+/-]{1,127}")
 
@@ -174,6 +175,9 @@ def _known(metadata: dict[str, Any]) -> dict[str, Any]:
     for key in ("unconfined", "expanded", "isolated"):
         if isinstance(metadata.get(key), bool):
             known[key] = metadata[key]
+    for key, value in metadata.items():  # somebody's own: what cannot be more than a number
+        if key not in known and isinstance(value, bool | int | float) and _OWN.fullmatch(str(key)):
+            known[key] = value
     if metadata.get("needs_background") in ("light", "dark"):
         known["needs_background"] = metadata["needs_background"]
     for key in ("root", "alt"):

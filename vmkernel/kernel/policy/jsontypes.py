@@ -64,10 +64,12 @@ def geojson(value: Json) -> Json:
 _ADDRESS = re.compile(r"\s*(?:[A-Za-z][A-Za-z0-9+.-]*:)?//|\s*(?:https?|file|ftp|blob|javascript):")
 # What expressions of Vega have been broken out with, and what no chart needs.
 _ESCAPE = re.compile(
-    r"\b(?:constructor|prototype|__proto__|toString|toJSON|valueOf|eval|Function|window|document|"
-    r"globalThis|setTimeout|setInterval|lassoAppend|lassoPath|vlSelectionTuples|setdata|"
-    r"__define\w*|__lookup\w*|dataflow|ownerDocument|defaultView|parentNode|currentTarget|"
-    r"contextView|import|fetch)\b"
+    r"\b(?:constructor|prototype|__proto__|toString|toJSON|valueOf|globalThis|setTimeout|"
+    r"setInterval|lassoAppend|vlSelectionTuples|setdata|__define[A-Za-z]*+__|__lookup[A-Za-z]*+__|"
+    r"ownerDocument|defaultView|parentNode|currentTarget|contextView)\b"
+    # Words that people use, too: only where something is called or taken of them
+    r"|\b(?:eval|Function|window|document|dataflow|import|fetch|self|top|parent)\s*+[.(\[]"
+    r"|\.\s*+(?:eval|Function|dataflow|__)\b|\bevent\s*+\.\s*+(?:view|item|dataflow)\b"
 )
 _DATA = frozenset({"values", "datasets"})
 
@@ -155,9 +157,17 @@ def plotly(value: Json) -> Json:
 def _texts(text: str) -> str:
     from vmkernel.kernel.policy import tags
 
-    if tags.all_plain(text) and "javascript:" not in text.lower():
-        return text
-    return disarm.tags(text)
+    if "javascript:" in text.lower():
+        return disarm.tags(text)
+    # <extra> is plotly's own: the part of a hover text that stands in a box of its own
+    return tags.TAG.sub(
+        lambda tag: (
+            tag[0]
+            if tag[0] in ("<extra>", "</extra>") or tags.is_plain(tag[0])
+            else disarm.tags(tag[0])
+        ),
+        text,
+    )
 
 
 def widget_view(value: Json) -> Json:

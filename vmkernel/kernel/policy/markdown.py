@@ -26,10 +26,12 @@ _PICTURE = re.compile(
 # Where an address may begin: after ``](`` and ``]:``, over quote and list marks of a next line.
 _BEFORE_ADDRESS = re.compile(r"\][ \t\r\n]{0,9}[(:][\s<>*+|-]*")
 _LONGEST_SCHEME = 300
+_MOST_ADDRESSES = 4000
+"""Half as many are looked at; those that come after do not link."""
 # What would be an attribute, were it within a tag: JupyterLab puts formulas, quotes and all, back
 # into titles.  Only where there may be formulas: elsewhere it is code that people copy.
 _ATTRIBUTE = re.compile(
-    r"\b(on[a-z]+|data-[a-z-]+|style|href|src|srcset|srcdoc|action|formaction|class|id|name|is)(?=\s*=)",
+    r"(?<![\w-])(on[a-z]++|data-[a-z-]++|style|href|src|srcset|srcdoc|action|formaction|class|id|name|is)(?=\s*+=)",
     re.IGNORECASE,
 )
 
@@ -69,6 +71,9 @@ def _links(text: str) -> str:
     for match in _BEFORE_ADDRESS.finditer(text):
         parts.append(text[at : match.end()])
         at = match.end()
+        if len(parts) > _MOST_ADDRESSES:
+            parts.append(JOINER)
+            continue
         before = text[match.start() - 4096 if match.start() > 4096 else 0 : match.start()]
         if not _may_be_address(text[at : at + _LONGEST_SCHEME]) and not _is_picture(
             before, text, at

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from xml.parsers import expat
 
-from vmkernel.kernel.policy import elements
+from vmkernel.kernel.policy import css, elements
 
 _SVG = "http://www.w3.org/2000/svg"
 _XLINK = "http://www.w3.org/1999/xlink"
@@ -40,7 +40,7 @@ _STYLES = re.compile(
 )
 _LOCAL = re.compile(r"url\(\s*['\"]?#[A-Za-z0-9_.:-]+['\"]?\s*\)")
 _VALUE = re.compile(r"[A-Za-z0-9_\s.,%#()+*/!:'\"-]*")
-_FUNCTIONS = re.compile(r"([A-Za-z-]*)\(")
+_FUNCTIONS = re.compile(r"(?<![A-Za-z-])([A-Za-z-]*+)\(")
 _HARMLESS_FUNCTIONS = frozenset(
     "rgb rgba hsl hsla calc matrix translate scale rotate skewx skewy var".split()
 ) | {""}
@@ -51,6 +51,7 @@ _RASTER = re.compile(
 )
 _ROOT = re.compile(r"<svg\b[^>]*")
 _DEEPEST = 200
+_MOST_RULES = 5000
 
 
 class NoSvgError(ValueError):
@@ -216,8 +217,11 @@ def _declarations(text: str, allowed: re.Pattern[str] = _STYLES) -> str:
 def _sheet(text: str) -> str:
     """Rules for the picture's own elements; ``*`` as matplotlib writes it, to join lines."""
     rules = []
-    text = re.sub(r"/\*.*?\*/", " ", text, flags=re.DOTALL)
-    for head, body in re.findall(r"([^{}]*)\{([^{}]*)\}", text):
+    text = css.without_comments(text)
+    for rule in text.split("}")[:_MOST_RULES]:
+        head, brace, body = rule.rpartition("{")
+        if not brace or "{" in head:
+            continue
         names = [" ".join(name.split()) for name in head.split(",")]
         if names == ["*"]:
             kept = _declarations(body, _FOR_ALL)

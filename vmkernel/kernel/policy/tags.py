@@ -22,10 +22,14 @@ _ATTRIBUTES = re.compile(_ATTRIBUTE)
 _PLAIN = re.compile(
     "<(?P<tag>[A-Za-z][A-Za-z0-9]*)(?P<all>(?:"
     + re.sub(r"\?P<\w+>", "?:", _ATTRIBUTE)
-    + f")*){_SPACE}*/?>"
+    + f")*+){_SPACE}*+/?>"
 )
 _END = re.compile(f"</(?P<tag>[A-Za-z][A-Za-z0-9]*){_SPACE}*>")
 _NAMES = elements.PLAIN_TAGS
+_NAME = re.compile("<(/?)([A-Za-z][A-Za-z0-9-]{0,30})")
+_ENDING = frozenset(
+    "br img input hr col source wbr meta link base embed area track p li td th tr dt dd".split()
+)
 _SHORT = 256
 TAG = re.compile("<[A-Za-z/!?][^>]*>?")
 """From where a tag may begin to where it ends, unless a value has a ``>``."""
@@ -70,6 +74,24 @@ def squeezed(text: str) -> str:
 
 
 _known = lru_cache(maxsize=4096)(_is_plain)
+
+
+def depth(text: str) -> int:
+    """How many elements are open at once, at most; those that end by themselves do not count."""
+    opened: dict[str, int] = {}
+    now = most = 0
+    for slash, tag in _NAME.findall(text):
+        name = tag.lower()
+        if name in _ENDING:
+            continue
+        if not slash:
+            opened[name] = opened.get(name, 0) + 1
+            now += 1
+            most = max(most, now)
+        elif opened.get(name):
+            opened[name] -= 1
+            now -= 1
+    return most
 
 
 def all_plain(text: str) -> bool:
