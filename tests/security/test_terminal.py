@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,29 +12,12 @@ import pexpect
 import pytest
 
 from cli_host import MAIN
+from escapes import COLOUR, OBEYED, obeyed
 from vmhost import VmHost
 from vmkernel.host.start import log_dir
 
 PATIENCE = 90
 
-OBEYED = {
-    "title": "\x1b]0;evil\x07",
-    "clipboard": "\x1b]52;c;ZXZpbA==\x07",
-    "link": "\x1b]8;;http://evil.invalid\x1b\\",
-    "clear": "\x1b[2J",
-    "home": "\x1b[H",
-    "above": "\x1b[99A",
-    "alternate": "\x1b[?1049h",
-    "question": "\x1b[6n",
-    "device": "\x1bP$q m\x1b\\",
-    "application": "\x1b_evil\x1b\\",
-    "reset": "\x1bc",
-    "one-byte": "\x9b2J",
-    "charset": "\x1b(0",
-    "answerback": "\x05",
-}
-"""What a terminal does when it reads it."""
-COLOUR = "\x1b[31m"
 CODE = f"""
 import sys
 for name, sequence in {OBEYED!r}.items():
@@ -64,17 +46,46 @@ def in_terminal(host: VmHost, *words: str, answer: str = "", **env: str) -> str:
     return shown + child.before
 
 
-def obeyed(shown: str) -> list[str]:
-    """Controls in a text, but for colours, the end of a line, and our own line of progress."""
-    left = re.sub(r"\x1b\[[0-9;]*m|\r\n|\r(?:vmkernel: [^\x1b\r]*)?\x1b\[K", "", shown)
-    return re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f].{0,9}", left)
-
-
 @pytest.fixture(scope="module")
 def host(template: str, session_dir: Path) -> Iterator[VmHost]:
     host = VmHost(session_dir)
     yield host
     host.clear()
+
+
+@pytest.mark.vm
+def test_safe_a_terminal_is_not_moved_by_what_code_writes(host: VmHost):
+    shown = in_terminal(host, "run", "-c", CODE, answer="me", VMKERNEL_OUTPUTS="safe")
+    assert obeyed(shown) == []
+    assert COLOUR + "red" in shown
+    assert "\nme\r\n" in shown
+    assert "ValueError" in shown
+    assert shown.count("after") == len(OBEYED)
+
+
+@pytest.mark.vm
+def test_trusted_everything_comes_as_it_is(host: VmHost):
+    shown = in_terminal(host, "run", "-c", CODE, answer="me", VMKERNEL_OUTPUTS="trusted")
+    for name, sequence in OBEYED.items():
+        assert f"{name} {sequence}after" in shown, name
+    for title in ("\x1b]0;split\x07", "\x1b]2;stderr\x07", "\x1b]2;prompt\x07"):
+        assert title in shown
+    assert "\x1b]2;traceback\x07" in shown
+
+
+@pytest.mark.vm
+def test_a_pipe_gets_the_bytes_and_exec_is_as_run(host: VmHost):
+    env = {**os.environ, **host.env, "VMKERNEL_OUTPUTS": "safe"}
+    command = [sys.executable, "-c", MAIN]
+    subprocess.run([*command, "start", "-q", "here"], env=env, check=True, timeout=PATIENCE)
+    code = "import sys\nprint('\\x1b]0;title\\x07')\nsys.exit('\\x1b]0;end\\x07')"
+    piped = subprocess.run([*command, "exec", "here", "-c", code], env=env, capture_output=True,
+                           text=True, timeout=PATIENCE)  # fmt: skip
+    shown = in_terminal(host, "exec", "here", "-c", code, VMKERNEL_OUTPUTS="safe")
+    subprocess.run([*command, "rm", "-f", "here"], env=env, check=True, timeout=PATIENCE)
+    assert "\x1b]0;title\x07" in piped.stdout
+    assert "\x1b]0;end\x07" in piped.stderr
+    assert obeyed(shown) == []
 
 
 def test_logs_shows_no_control_and_a_pipe_gets_them(host: VmHost):
