@@ -159,3 +159,18 @@ async def test_a_connection_file_that_is_none_is_an_error_with_a_hint(tmp_path: 
             Sockets(file, lambda request: None)
         assert str(file) in str(failure.value)
         assert failure.value.hint
+
+
+def dated(date: str, session: str = "s") -> Request:
+    header = json.dumps({"msg_id": "1", "session": session, "date": date}).encode()
+    return Request("control", [], [header, b"{}", b"{}", b"{}"], [])
+
+
+def test_what_came_late_is_told_from_a_clock_that_was_set():
+    noon, later = dated("2026-01-01T12:00:00Z"), dated("2026-01-01T12:00:00.5Z")
+    assert noon.was_sent_before(later)
+    assert not later.was_sent_before(noon)
+    assert not noon.was_sent_before(dated("2026-01-01T13:00:00Z"))
+    assert not noon.was_sent_before(dated("2026-01-01T12:00:00.5Z", session="other"))
+    assert not noon.was_sent_before(dated("yesterday"))
+    assert not noon.was_sent_before(dated("2026-01-01T12:00:00.5"))  # no zone: not comparable

@@ -268,7 +268,8 @@ class Executor:
         if self._deaths > REPLACEMENTS:
             self.on_hopeless(
                 VmGuestError(
-                    "guest kernels that nobody used died again and again", hint="create another VM"
+                    "the guest kernel died again and again, and no other stayed in its place",
+                    hint="create another VM",
                 )
             )
         elif self._replacing is None:

@@ -17,7 +17,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ MOST_ON_THE_WAY = 64 << 20
 """Bytes of large messages that may wait for front ends, before the guest is not read any more."""
 MOST_BACKLOG = 10_000
 """Messages of our own (status) that are kept for a front end which takes none."""
+LONGEST_DELAY = timedelta(seconds=5)
+"""By which a message on one socket may come later than one that was sent after it on another."""
 LOOK_SECONDS = 0.01
 """How often to look whether front ends have caught up."""
 
@@ -85,14 +87,17 @@ class Request:
         return str(self.header.get("msg_type", ""))
 
     def was_sent_before(self, other: Request) -> bool:
-        """Whether the same client sent this one earlier; False when that cannot be known."""
+        """Whether the same client sent this one shortly earlier; False when nobody can know.
+
+        A longer time is no delay but a clock that was set.
+        """
         if self.header.get("session") != other.header.get("session"):
             return False
         try:
             mine, theirs = (
                 datetime.fromisoformat(request.header["date"]) for request in (self, other)
             )
-            return mine < theirs
+            return timedelta() < theirs - mine < LONGEST_DELAY
         except (KeyError, TypeError, ValueError):
             return False
 

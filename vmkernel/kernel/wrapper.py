@@ -96,6 +96,8 @@ class Wrapper:
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._exit_asked = False
         self._news: deque[str] = deque(maxlen=MOST_NEWS)
+        self._spared: Request | None = None
+        """What an interrupt was not meant for, as it had been sent before"""
         self._deaths = 0
         """Guest kernels that died since a cell was sent"""
         self._questions_open = 0
@@ -305,7 +307,12 @@ class Wrapper:
     def interrupt(self, asked: Request | None = None) -> None:
         """Interrupt what is running or waited for: from a message, or from SIGINT (None)."""
         running = self._main.request
-        if asked is not None and running is not None and asked.was_sent_before(running):
+        if (
+            asked is not None
+            and running not in (None, self._spared)
+            and asked.was_sent_before(running)
+        ):
+            self._spared = running  # once: who interrupts again means it
             return  # it came by another socket, and later than what was sent after it
         if not self._main.interrupt() and self._interrupting is None:
             self._interrupting = self._spawn(self._interrupt_guest())
