@@ -43,6 +43,9 @@ _COSMETIC = re.compile(
 _HALF_LIMIT = 256
 """Characters of an unfinished sequence that are kept until its rest comes."""
 
+_MOST_KEPT = 100_000
+"""Half as many sequences are looked at in one text of which some must go."""
+
 _UNPRINTED = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -96,6 +99,10 @@ class TerminalFilter:
         kept: list[str] = []
         at = 0
         for match in _SEQUENCE.finditer(text):
+            if len(kept) > _MOST_KEPT:  # no person's: none of the rest is looked at one by one
+                self.removed = True
+                text = text[:at] + _SEQUENCE.sub("", text[at:])
+                break
             before = text[at : match.start()]
             self._depth += before.count("\n")
             kept.append(before)

@@ -150,6 +150,12 @@ def test_an_unfinished_sequence_takes_no_memory() -> None:
         assert stream.feed("\n").endswith("\n")
 
 
+def test_a_flood_of_sequences_is_taken_out_as_a_whole() -> None:
+    stream = text.TerminalFilter()
+    assert stream.feed("a\x1b[5n" * 200_000) == "a" * 200_000
+    assert stream.removed
+
+
 def test_colours_left_on_are_ended() -> None:
     stream = text.TerminalFilter()
     stream.feed("\x1b[8mhidden \x1b[K")

@@ -160,14 +160,7 @@ def _texts(text: str) -> str:
     if "javascript:" in text.lower():
         return disarm.tags(text)
     # <extra> is plotly's own: the part of a hover text that stands in a box of its own
-    return tags.TAG.sub(
-        lambda tag: (
-            tag[0]
-            if tag[0] in ("<extra>", "</extra>") or tags.is_plain(tag[0])
-            else disarm.tags(tag[0])
-        ),
-        text,
-    )
+    return tags.only_plain(text, ("<extra>", "</extra>"))
 
 
 def widget_view(value: Json) -> Json:

@@ -8,10 +8,11 @@ tag can change what the next one means.
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from functools import lru_cache
 from html import unescape
 
-from vmkernel.kernel.policy import elements
+from vmkernel.kernel.policy import disarm, elements
 
 _SPACE = "[ \t\n\r\f]"  # HTML's; \s has more, of which a browser would not think as space
 _ATTRIBUTE = (
@@ -74,6 +75,15 @@ def squeezed(text: str) -> str:
 
 
 _known = lru_cache(maxsize=4096)(_is_plain)
+
+
+def only_plain(text: str, also: Container[str] = ()) -> str:
+    """A text in which every tag that is not plain, nor one of *also*, is broken."""
+    if "<" not in text:
+        return text
+    return TAG.sub(
+        lambda tag: tag[0] if tag[0] in also or is_plain(tag[0]) else disarm.tags(tag[0]), text
+    )
 
 
 def depth(text: str) -> int:

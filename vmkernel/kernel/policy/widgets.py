@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vmkernel.kernel.policy import disarm, elements, html, jsontypes
+from vmkernel.kernel.policy import disarm, elements, html, jsontypes, tags
 from vmkernel.kernel.policy.jsontypes import RefusedError
 
 TARGET = "jupyter.widget"
@@ -229,7 +229,7 @@ class Comms:
             model = end[0].removeprefix("IPY_MODEL_") if isinstance(end[0], str) else ""
             kinds.append(self._kinds.get(model, ""))
         if not all(_CLASS.fullmatch(kind) and kind not in _UNLINKED for kind in kinds) or (
-            "LabelModel" in kinds and not _WRITTEN.isdisjoint(kinds)
+            "LabelModel" in kinds and not (_WRITTEN - {"LabelModel"}).isdisjoint(kinds)
         ):
             raise RefusedError("a link to a widget that shows HTML, TeX or outputs")
 
@@ -256,7 +256,8 @@ class Comms:
         if styles and key != "value" and key not in _SHOWN:
             value = _without_addresses(value)
         if key == "_dom_classes" and isinstance(value, list):
-            return [n for n in value if isinstance(n, str) and not elements.is_foreign(n)]
+            names = (name for name in value if isinstance(name, str))
+            return [n for n in names if n.startswith("widget-") or not elements.is_foreign(n)]
         if not isinstance(value, str):
             if key in _TEXTS or (key == "value" and model in _HTML_MODELS):
                 if value is None or isinstance(value, bool | int | float):
@@ -267,10 +268,8 @@ class Comms:
             value, gone = html.clean(value)
             removed += gone
         elif key in _TEXTS:
-            if "<" in value:
-                value, gone = html.clean(value)
-                removed += gone
-            value = disarm.tex_in_text(value)
+            # Text, unless description_allow_html says other: right for both
+            value = disarm.tex_in_text(tags.only_plain(value))
         elif key == "value" and model == "LabelModel":
             value = disarm.tex_in_text(value)
         elif key == "icon":
