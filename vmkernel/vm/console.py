@@ -71,8 +71,7 @@ class ConsoleLog:
         """Keep ``data``, or what the bound allows of it. Never raises for a disk that is full."""
         self.total += len(data)
         try:
-            if rest := memoryview(data)[self._skip :]:
-                self._keep(rest)
+            self._keep(memoryview(data)[self._skip :])
             self._skip = max(0, self._skip - len(data))
         except OSError as error:
             self.write_error = self.write_error or error
