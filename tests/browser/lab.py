@@ -158,9 +158,15 @@ class Lab:
         self.errors: list[str] = []
         page.on("console", self._note)
         page.set_default_timeout(PATIENCE * 1000)
-        page.goto(f"{server.url}/lab?token={server.token}&reset")
-        expect(page.locator("#jupyterlab-splash")).to_have_count(0)
-        expect(page.locator(".jp-Launcher-body").first).to_be_visible()
+        self.load()
+
+    def load(self, path: str = "") -> None:
+        """Load the page anew, with the launcher in front, or a notebook."""
+        place = f"lab/tree/{path}" if path else "lab"
+        self.page.goto(f"{self.server.url}/{place}?token={self.server.token}&reset")
+        expect(self.page.locator("#jupyterlab-splash")).to_have_count(0)
+        in_front = ".jp-NotebookPanel" if path else ".jp-Launcher-body"
+        expect(self.page.locator(in_front).first).to_be_visible()
 
     def _note(self, message: Any) -> None:
         if message.type == "error":
