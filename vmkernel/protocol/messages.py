@@ -184,7 +184,8 @@ class Ready(msgspec.Struct, tag="ready", forbid_unknown_fields=True):
     """The guest kernel is warm and waits: the moment at which a template is saved.
 
     ``kernel_info`` is the content of its kernel_info_reply, which the host serves from
-    then on, so that a front end need not wait for a VM.
+    then on, so that a front end need not wait for a VM.  A relay that took the place of a dead
+    one has none: it has not started its kernel yet.
     """
 
     kernel_info: dict[str, Any]
@@ -287,7 +288,7 @@ def decode_from_agent(body: frames.Piece) -> FromAgent:
 
     bounds.check(body)
     message: FromAgent = decode(body, FromAgent)  # type: ignore[arg-type]
-    if isinstance(message, Ready):
+    if isinstance(message, Ready) and message.kernel_info:
         from vmkernel.protocol import kernelinfo
 
         message.kernel_info = kernelinfo.checked(message.kernel_info)

@@ -247,6 +247,11 @@ async def _boot_and_freeze(
             what = "the kernel"
         async with _Ticker(tell, f"loading {what}", _AT_HELLO, _AT_READY, 20.0):
             kernel_info: dict[str, Any] = await boot.reach("ready", max(left, 1.0))
+        if not kernel_info:
+            raise VmBootError(
+                "The guest did not get ready: it says nothing of its kernel",
+                hint="Check the recipe's kernel, then build the image again",
+            )
         tell("saving the guest's memory", _AT_READY)
         await asyncio.sleep(0.3)  # let the guest fall idle: what it runs now, every clone repeats
         monitor = await boot.vm.monitor()
