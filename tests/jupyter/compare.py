@@ -239,6 +239,8 @@ def _finish(recorder: Recorder, cell: Cell, step: Step) -> None:
 # A path begins here: at a word's start, or after a colour.
 _PATH = r"(?:(?<=\x1b\[\dm)|(?<=\x1b\[\d\dm)|(?<![\w./~-]))[/~][\w./~-]*"
 SUBSTITUTIONS = (
+    # The host's temporary directory is the test session's own.
+    (re.compile(r"/tmp/vmk-test-\w+/tmp\b"), "/tmp"),
     # IPython names a cell's file after the kernel's process and the cell's text.
     (re.compile(r"/tmp/ipykernel_\d+/(\d+)\.py"), r"<process>/\1.py"),
     # Where libraries lie differs between the host's environment and the guest's image.
@@ -491,6 +493,7 @@ KNOWN = (
     Known("connect-info", r"iopub stream/content/text", "shell_port"),
     Known("vm-magic", r"iopub execute_result/content/data/text/plain", r"%vm "),
     Known("aborted-engine", r"shell execute_reply/metadata/engine"),
+    Known("svg", r"iopub \w+/content/data/image/svg\+xml", "<svg "),
     Known("input-frame", r".+/traceback/\d+", r"PortKernel\b.+_input_request"),
 )
 

@@ -478,6 +478,9 @@ def test_a_chart_with_its_data_stays(version: str) -> None:
         {"transform": [{"calculate": "(0).constructor.constructor('alert(1)')()", "as": "c"}]},
         {"signals": [{"name": "x", "update": "setdata('a', {toString: 1})"}]},
         {"signals": [{"name": "x", "on": [{"events": "click", "update": "event.view.eval"}]}]},
+        {"signals": [{"name": "x", "on": [{"events": "click", "update": "event[datum.k]"}]}]},
+        {"signals": [{"name": "x", "init": "event"}]}, {"params": [{"expr": "{'\\x74oString': 1}+1"}]},
+        {"transform": [{"filter": "\\u0065vent.item"}]},
         {"params": [{"toString": 1}]}, {"a": [[[]]] * 2 + [json.loads("[" * 150 + "]" * 150)]},
     ],
 )  # fmt: skip
@@ -488,7 +491,9 @@ def test_a_chart_that_loads_or_breaks_out_is_not_shown(change: dict[str, Any]) -
 def test_a_chart_may_use_words() -> None:
     words = {
         "title": "import prices of the window document: fetch",
-        "encoding": {"x": {"field": "import"}, "y": {"field": "window", "title": "document"}},
+        "encoding": {"x": {"field": "import"}, "y": {"field": "event", "title": "document"}},
+        "params": [{"name": "p", "select": {"type": "interval", "zoom": "wheel![event.shiftKey]"}}],
+        "transform": [{"calculate": "if(event.shiftKey, datum.events, 0)", "as": "n"}],
     }
     chart = {**CHART, **words}
     assert shown("application/vnd.vegalite.v5+json", chart) == chart

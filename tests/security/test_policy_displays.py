@@ -20,7 +20,9 @@ def kept(mime: str, value: Any) -> tuple[Any, list[str]]:
 
 @pytest.fixture(scope="module")
 def pandas() -> Any:
-    return pytest.importorskip("pandas")
+    import pandas as pd
+
+    return pd
 
 
 def test_pandas_tables_pass_byte_for_byte(pandas: Any) -> None:
@@ -58,8 +60,9 @@ def test_a_styler_keeps_its_colours(pandas: Any) -> None:
 
 @pytest.fixture(scope="module")
 def figure() -> Any:
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("agg")
+    import matplotlib as mpl
+
+    mpl.use("agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots()

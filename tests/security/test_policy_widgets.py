@@ -101,7 +101,6 @@ def pass_unchanged(outputs: Outputs, message: Sent) -> None:
 
 
 def test_tqdm_in_a_notebook_passes_as_it_is(sent: list[Sent]) -> None:
-    pytest.importorskip("tqdm")
     from tqdm.notebook import tqdm
 
     outputs = Outputs("safe")

@@ -5,7 +5,8 @@ shows the answer.  Bubblewrap may be missing; or be there and not work, since th
 namespaces to this user (Ubuntu from 23.10 on by AppArmor, containers by seccomp), or since QEMU
 lies where nobody but this user can read it.  So QEMU itself is run behind the wall, with a question
 that it answers at once.  The answer is kept (``vm.facts``) for as long as the host is not started
-anew and QEMU and bubblewrap are the same files: 60 ms once, nothing after that.
+anew and QEMU and bubblewrap are the same files: 60 ms once, nothing after that.  That bubblewrap
+failed is not kept: the host may have been busy, and a VM without the wall is no price for 60 ms.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def find_sandbox(settings: SandboxSettings, qemu: str) -> Sandbox:
     known = read_facts(settings.state_dir).get(_FACT)
     if not (isinstance(known, dict) and known.get("mark") == mark):
         known = {"mark": mark, **_try_out(qemu)}
-        if known["answers"]:
+        if known["lasting"]:
             remember(settings.state_dir, {_FACT: known})
     wall = Wall(
         own_user=bool(known["own_user"]),
@@ -90,11 +91,11 @@ def _mark(path: str) -> list[Any]:
 
 
 def _try_out(qemu: str) -> dict[str, Any]:
-    """What is to be remembered."""
+    """What was found out; ``lasting``: while QEMU and bubblewrap are the same files."""
     own_user = os.geteuid() == 0
     answer = _ask([qemu, *_QUESTION])
     facts = {
-        "answers": answer.returncode == 0,
+        "lasting": answer.returncode == 0,
         "own_user": own_user,
         "private_option": " rom=" in answer.stdout,
     }
@@ -120,6 +121,7 @@ def _try_out(qemu: str) -> dict[str, Any]:
     if answer.returncode == 0:
         return facts | {"problem": "", "hint": ""}
     return facts | {
+        "lasting": False,
         "problem": f"bubblewrap does not work here: {_last_line(answer.stderr)}",
         "hint": _hint(),
     }

@@ -37,7 +37,8 @@ ATTRIBUTES: dict[str, frozenset[str]] = {
     "img": frozenset({"src", "alt"}),
     "blockquote": frozenset(),
     "td": frozenset({"colspan", "rowspan", "headers", "scope"}),
-    "th": frozenset({"colspan", "rowspan", "headers", "scope", "abbr"}),
+    # halign is no attribute of HTML's, but pandas writes it
+    "th": frozenset({"colspan", "rowspan", "headers", "scope", "abbr", "halign"}),
     "table": frozenset({"cellpadding", "cellspacing", "frame", "rules", "summary"}),
     "col": frozenset({"span"}),
     "ol": frozenset({"start", "type", "reversed"}),

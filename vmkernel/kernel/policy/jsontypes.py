@@ -70,6 +70,17 @@ _ESCAPE = re.compile(
     # Words that people use, too: only where something is called or taken of them
     r"|\b(?:eval|Function|window|document|dataflow|import|fetch|self|top|parent)\s*+[.(\[]"
     r"|\.\s*+(?:eval|Function|dataflow|__)\b|\bevent\s*+\.\s*+(?:view|item|dataflow)\b"
+    r"|\\[xu]"  # a letter written so that this list would not find its word
+)
+# An event leads to the page: expressions get of it what charts use, and never as a whole.
+_EVENT = re.compile(
+    r"\bevent\b(?!\s*+\.\s*+(?:(?:shift|alt|ctrl|meta)Key|key|code|type|buttons?|which|x|y|"
+    r"(?:client|page|offset|screen|movement|delta)[XY]|deltaMode|wheelDelta|touches|"
+    r"changedTouches)\b)"
+)
+_EXPRESSIONS = frozenset(
+    "expr signal update init test filter calculate events on between clear toggle zoom translate "
+    "markname react force".split()
 )
 _DATA = frozenset({"values", "datasets"})
 
@@ -92,6 +103,9 @@ def vega(value: Json) -> Json:
             raise RefusedError("it loads data or pictures from elsewhere")
         if isinstance(item, str) and _ESCAPE.search(item) and key not in ("description", "$schema"):
             raise RefusedError("an expression in it has words of the page's script")
+        expression = key in _EXPRESSIONS or key.endswith("Expr")
+        if expression and isinstance(item, str) and _EVENT.search(item):
+            raise RefusedError("an expression in it takes more of an event than charts need")
         if key == "href" and isinstance(item, str) and not re.match(r"https?://", item):
             return DROP
         if isinstance(item, dict) and not _ESCAPE_KEYS.isdisjoint(item):

@@ -259,7 +259,7 @@ class Comms:
             names = (name for name in value if isinstance(name, str))
             return [n for n in names if n.startswith("widget-") or not elements.is_foreign(n)]
         if not isinstance(value, str):
-            if key in _TEXTS or (key == "value" and model in _HTML_MODELS):
+            if key in _TEXTS or (key == "value" and model in _HTML_MODELS | {""}):
                 if value is None or isinstance(value, bool | int | float):
                     return value
                 return ""  # a list of texts would be made one, and HTML
