@@ -183,12 +183,17 @@ class Lab:
             [name, arguments, PATIENCE],
         )
 
-    def launcher_card(self, display_name: str) -> Locator:
-        """The card that starts a notebook on this kernel; a launcher must be open."""
+    def launcher_card(self, kernel: str, display_name: str) -> Locator:
+        """The card that starts a notebook on this kernel; a launcher must be open.
+
+        Other tests have kernels of the same display name.
+        """
         section = self.page.locator(".jp-Launcher-section").filter(
             has=self.page.get_by_role("heading", name="Notebook", exact=True)
         )
-        return section.locator(".jp-LauncherCard").filter(has_text=display_name)
+        picture = self.page.locator(f'img[src*="/kernelspecs/{kernel}/"]')
+        cards = section.locator(".jp-LauncherCard").filter(has=picture)
+        return cards.filter(has_text=display_name)
 
     def current(self) -> Notebook:
         """The notebook in front."""

@@ -66,7 +66,7 @@ def take(directory: Path) -> None:
     try:
         with chromium(path) as browser:
             lab = Lab(browser.new_page(viewport=SIZE), server)
-            expect(lab.launcher_card("Python (microVM)")).to_be_visible()
+            expect(lab.launcher_card("vmsandbox", "Python (microVM)")).to_be_visible()
             picture(lab, "lab-launcher.png")
 
             notebook = lab.open_notebook("waves.ipynb", "vmsandbox")

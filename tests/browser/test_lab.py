@@ -18,7 +18,7 @@ def test_launcher_card_has_the_logo_and_starts_a_notebook(lab: Lab, kernel_name:
     from jupyter_client.kernelspec import KernelSpecManager
 
     spec = KernelSpecManager().get_kernel_spec(kernel_name)
-    card = lab.launcher_card(spec.display_name)
+    card = lab.launcher_card(kernel_name, spec.display_name)
     logo = card.locator("img.jp-Launcher-kernelIcon")
     expect(logo).to_have_attribute("src", re.compile(f"/kernelspecs/{kernel_name}/logo-"))
     # A picture that the browser cannot draw has no size of its own.

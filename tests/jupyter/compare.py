@@ -240,7 +240,7 @@ def _finish(recorder: Recorder, cell: Cell, step: Step) -> None:
 _PATH = r"(?:(?<=\x1b\[\dm)|(?<=\x1b\[\d\dm)|(?<![\w./~-]))[/~][\w./~-]*"
 SUBSTITUTIONS = (
     # The host's temporary directory is the test session's own.
-    (re.compile(r"/tmp/vmk-test-\w+/tmp\b"), "/tmp"),
+    (re.compile(r"/tmp/vmk-test-\w+/tmp(?=/ipykernel_|[^/\w]|$)"), "/tmp"),
     # IPython names a cell's file after the kernel's process and the cell's text.
     (re.compile(r"/tmp/ipykernel_\d+/(\d+)\.py"), r"<process>/\1.py"),
     # Where libraries lie differs between the host's environment and the guest's image.

@@ -196,12 +196,6 @@ def test_a_reader_that_is_gone_is_told_once_and_nothing_is_written_any_more(monk
         os.close(fd)
 
 
-def test_plain_text():
-    assert (
-        streams.plain("\x1b[1;31mred\x1b[0m \x1b]8;;http://x\x07link\x1b]8;;\x1b\\") == "red link"
-    )
-
-
 # --- standard input ----------------------------------------------------------------------
 
 
@@ -257,10 +251,6 @@ def test_a_log_is_followed_through_its_parts(tmp_path):
     assert follower.read().startswith(b"line 0000")
     log.close()
     assert b"".join(follower.news()) == b""
-
-
-def test_a_console_cannot_move_the_cursor_of_who_looks_at_it():
-    assert logs._harmless("\x1b[2Ja\rb\x07\n\tc") == "ab\n\tc"
 
 
 # --- gc ----------------------------------------------------------------------------------

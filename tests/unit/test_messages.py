@@ -23,7 +23,7 @@ COMMANDS = [
     messages.MakeDirectory(path=b"a", mode=0o755),
 ]
 EVENTS = [
-    messages.Hello("6.12", "3.13"),
+    messages.Hello("6.12", "3.13", 1.02),
     messages.Ready({"language_info": {"name": "python"}, "status": "ok"}),
     messages.KernelDied(None, 11, False, "Segmentation fault"),
     messages.Failed("why"),

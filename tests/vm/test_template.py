@@ -6,6 +6,7 @@ The templates of this module are built in a cache directory of their own, by an 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -22,9 +23,10 @@ import pytest
 
 import vmkernel
 from vmhost import RunningVm, Sampler, VmHost, seconds_until
-from vmkernel.errors import TemplateError
+from vmkernel.errors import TemplateError, VmBootError
 from vmkernel.host.start import spec_for
 from vmkernel.settings import Settings
+from vmkernel.vm import build
 from vmkernel.vm.template import (
     Spec,
     Template,
@@ -149,6 +151,26 @@ class TestBuilding:
         verify_template(template)
         assert template.directory.stat().st_mode & 0o077 == 0
         assert template.manifest.kernel_info["language_info"]["name"] == "python"
+
+
+async def test_a_guest_whose_timer_was_set_wrongly_is_booted_again(
+    minimal_image: str, session_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = VmHost(session_dir, own_cache=True)
+    # No host can be made busy in just that moment: here every timer is too slow
+    monkeypatch.setattr(build, "_SLOWEST_TIMER", 0.5)
+    monkeypatch.setattr(build, "_TIMER_TRIES", 2)
+    settings = host.settings()
+    with Sampler(host) as sampler, pytest.raises(VmBootError, match="timer runs 1") as caught:
+        await ensure_template(
+            spec_for(settings, "tcg"),
+            settings,
+            lambda text, done: None,
+            contextlib.nullcontext(),
+        )
+    assert "less to do" in caught.value.hint
+    assert len(sampler.seen) == 2
+    assert list(templates_dir(settings).glob(".tmp-*")) == []
 
 
 class TestKey:

@@ -46,6 +46,8 @@ DEAF = 10.0
 """Seconds after which a cell that was interrupted and still runs is said to ignore it."""
 PATIENCE = 1.0
 """Seconds that a request which the host can answer waits for a guest that does not react."""
+PREPARE_AFTER = 0.02
+"""Seconds after which the front end's first questions are mostly answered."""
 MOST_NEWS = 8
 """How many things that happened between two cells are told."""
 MOST_QUESTIONS = 64
@@ -109,6 +111,8 @@ class Wrapper:
         """Serve until shutdown; everything is released when this returns."""
         self.sockets.status("starting")
         self.supply.start_early()
+        # The guest takes longer to come than this does, on a processor of its own
+        asyncio.get_running_loop().call_later(PREPARE_AFTER, self._outputs.prepare)
         try:
             return await self._exit
         finally:

@@ -174,10 +174,14 @@ class Call(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Hello(msgspec.Struct, tag="hello", forbid_unknown_fields=True):
-    """The agent runs: the guest booted.  Proof enough that an accelerator works."""
+    """The agent runs: the guest booted.  Proof enough that an accelerator works.
+
+    ``timer`` is how long a short sleep took, as a multiple of what was asked for.
+    """
 
     kernel_release: ShortStr
     python: ShortStr
+    timer: Annotated[float, msgspec.Meta(ge=0, le=1e6)] = 1.0
 
 
 class Ready(msgspec.Struct, tag="ready", forbid_unknown_fields=True):

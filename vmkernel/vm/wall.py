@@ -194,9 +194,10 @@ def sealed_memory(name: str, data: bytes) -> int:
 def reachable_by_others(path: str) -> bool:
     """Whether a user of no group may read this file, and pass through all directories above it."""
     found = Path(path).resolve()
+    above = {*found.parents, *Path(path).absolute().parents}  # and of a link to it
     try:
         return bool(found.stat().st_mode & 0o004) and all(
-            above.stat().st_mode & 0o001 for above in found.parents
+            directory.stat().st_mode & 0o001 for directory in above
         )
     except OSError:
         return False

@@ -49,6 +49,11 @@ class Outputs:
             self._safe = SafeOutputs()
         return self._safe
 
+    def prepare(self) -> None:
+        """Import what the first message will need, while there is nothing else to do (15 ms)."""
+        if self.safe:
+            self._policy()
+
     def iopub(
         self,
         msg_type: str,
