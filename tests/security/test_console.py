@@ -12,6 +12,7 @@ import pexpect
 import pytest
 
 from escapes import COLOUR, OBEYED, obeyed
+from vmhost import MEMORY
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(300)]
 
@@ -63,13 +64,13 @@ def in_console(kernel: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def kernel(minimal_image: str) -> Callable[[str], str]:
-    """``kernel("safe")``: the name of a kernelspec with that policy."""
+def kernel(template: str) -> Callable[[str], str]:
+    """``kernel("safe")``: the name of a kernelspec with that policy; its template is there."""
     from vmkernel.cli.install import install_kernelspec
 
     def install(outputs: str) -> str:
         kernels = Path(os.environ["JUPYTER_DATA_DIR"]) / "kernels"
-        options = {"recipe": minimal_image, "memory": "1G", "outputs": outputs}
+        options = {"recipe": template, "memory": MEMORY, "outputs": outputs}
         install_kernelspec(kernels, name=f"console-{outputs}", options=options)
         return f"console-{outputs}"
 
