@@ -388,9 +388,12 @@ def main() -> int:
         soak = Soak(directory, options.kernels, options.seconds, options.seed)
         result = asyncio.run(soak.run(options.pause, options.kills))
         soak.log.close()
-        if options.json:
-            options.json.write_text(json.dumps(asdict(result), indent=1))
         print(report(result))
+        if options.json:
+            counts = {"errors": dict(result.errors), "kills": dict(result.kills)}
+            samples = [asdict(sample) for sample in result.samples]
+            whole = {**vars(result), **counts, "samples": samples}
+            options.json.write_text(json.dumps(whole, indent=1))
         if result.findings:
             print("soak: the kernels' own words, at the end:")
             print((directory / "kernels.log").read_text(errors="replace")[-4000:])
