@@ -155,13 +155,18 @@ def test_a_disk_for_records_and_logs_that_fills_under_way(
     shutil.copytree(host.state_dir, place, dirs_exist_ok=True)
     with running(spec, host, VMKERNEL_STATE_DIR=str(place)) as kernel:
         assert kernel.run("6 * 7").result == "42"
-        with suppress(OSError), open(place / "fill", "wb", buffering=0) as file:
-            while True:
-                file.write(bytes(1 << 12))
+        fill(place)
         assert kernel.run("x = 6 * 7; x").result == "42"
         # The news of a death goes into the log, too
         assert kernel.run("import os; os._exit(1)").error["ename"] == "VmGuestError"
         assert kernel.run("6 * 7").result == "42"
+
+
+def fill(place: Path, chunk: int = 1 << 12) -> None:
+    """Leave no room on a disk, in the file ``fill``; ``chunk`` bytes at a time."""
+    with suppress(OSError), open(place / "fill", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(chunk))
 
 
 def test_a_runtime_directory_on_a_full_disk(
@@ -169,9 +174,7 @@ def test_a_runtime_directory_on_a_full_disk(
 ) -> None:
     """The semaphore file and the runner's socket lie there; the rest of the host is as it was."""
     place = small_disk("size=16k,nr_inodes=8,mode=700")
-    with suppress(OSError), open(place / "fill", "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1 << 12))
+    fill(place)
     with running(spec, host, VMKERNEL_RUNTIME_DIR=str(place)) as kernel:
         cell = kernel.run("6 * 7", seconds=60)
         if cell.status == "error":
@@ -188,9 +191,7 @@ def test_a_disk_that_fills_while_a_template_is_built(
     with running(spec, host, VMKERNEL_CACHE_DIR=str(place)) as kernel:
         cell = kernel.send("6 * 7", allow_stdin=False)
         kernel.wait(lambda: vms_of(place), "the template's boot", 60)
-        with suppress(OSError), open(place / "fill", "wb", buffering=0) as file:
-            while True:
-                file.write(bytes(1 << 20))
+        fill(place, 1 << 20)
         kernel.finish(cell, 120)
         told(cell, "signal 7|No space left", "[Ff]ree space.*VMKERNEL_CACHE_DIR")
         assert [path.name for path in place.glob("templates/.tmp-*")] == []
@@ -201,9 +202,7 @@ def test_a_full_disk_for_the_history(
     spec: str, host: VmHost, small_disk: Callable[[str], Path]
 ) -> None:
     place = small_disk("size=64k,mode=700")
-    with suppress(OSError), open(place / "fill", "wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1 << 12))
+    fill(place)
     with running(spec, host, IPYTHONDIR=str(place)) as kernel:
         assert [kernel.run(f"6 * {n}").result for n in range(3)] == ["0", "6", "12"]
 

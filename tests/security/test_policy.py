@@ -2,7 +2,8 @@
 """What a front end gets of displays that are made to harm: nothing that runs, loads or obeys.
 
 The judges are of another make than what cleans: html5lib reads HTML as browsers do, markdown-it and
-mistune render Markdown, xml.dom reads SVG.
+mistune render Markdown, xml.dom reads SVG.  Long, as it is mostly tables of attacks, which are best
+looked through in one place.
 """
 
 from __future__ import annotations
