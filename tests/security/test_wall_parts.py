@@ -123,9 +123,8 @@ class TestCommandLine:
         if user:
             assert user[2] == f"--groups={device.stat().st_gid}"
 
-    def test_a_qemu_that_knows_how_needs_no_shim(self, machine: Machine) -> None:
+    def test_a_qemu_that_can_open_ram_for_reading_is_told_to(self, machine: Machine) -> None:
         argv, _, _ = enclosed(Wall(bwrap="/usr/bin/bwrap", private_option=True), machine)
-        assert "LD_PRELOAD" not in argv
         assert any(word.endswith("share=off,readonly=on,rom=off") for word in argv)
         shared = msgspec.structs.replace(machine, ram_share=True)
         argv, _, _ = enclosed(Wall(bwrap="/usr/bin/bwrap", private_option=True), shared)
@@ -204,6 +203,20 @@ class TestShim:
         lines = self.run(tmp_path / "ram", preload=False)
         assert lines[:4] == [f"{name} False" for name in NAMES]
         assert lines[4:] == ["-1 2", "-1 13", "-1 13", "True"]
+
+    def test_whoever_loads_it_gets_no_huge_pages(self) -> None:
+        fd = sealed_memory("shim", shim())
+        try:
+            status = subprocess.run(
+                ["/bin/cat", "/proc/self/status"],
+                env={"LD_PRELOAD": f"/proc/self/fd/{fd}"},
+                pass_fds=(fd,),
+                capture_output=True,
+                text=True,
+            ).stdout
+        finally:
+            os.close(fd)
+        assert re.findall(r"^THP_enabled:\s*(\d)$", status, re.MULTILINE) in (["0"], [])
 
     def test_it_is_what_its_comments_say(self, tmp_path: Path) -> None:
         """Opcodes against objdump, tables against readelf, where binutils are."""

@@ -59,7 +59,7 @@ TCG_TEMPLATE = """\
 -no-reboot
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
 -bios qboot.rom
--machine microvm,acpi=on,pit=off,pic=off,rtc=on,x-option-roms=off,isa-serial=on,\
+-machine microvm,acpi=on,pit=off,pic=off,rtc=on,ioapic2=off,x-option-roms=off,isa-serial=on,\
 memory-backend=ram0,mem-merge=off,dump-guest-core=off
 -accel tcg,tb-size=128
 -cpu max,la57=off,erms=off,fsrm=off
@@ -102,7 +102,7 @@ KVM_CLONE = """\
 -no-reboot
 -sandbox on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny
 -bios qboot.rom
--machine microvm,acpi=on,pit=off,pic=off,rtc=on,x-option-roms=off,isa-serial=on,\
+-machine microvm,acpi=on,pit=off,pic=off,rtc=on,ioapic2=off,x-option-roms=off,isa-serial=on,\
 memory-backend=ram0,mem-merge=off,dump-guest-core=off
 -accel kvm
 -cpu host

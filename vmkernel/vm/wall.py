@@ -67,7 +67,7 @@ class Wall(msgspec.Struct, frozen=True):
     own_user: bool = False
     """Whether QEMU leaves this user (root) for one of its own."""
     private_option: bool = False
-    """Whether QEMU can be told to open RAM for reading, and needs no shim."""
+    """Whether QEMU can be told to open RAM for reading, and needs no help for that (`vm.shim`)."""
 
 
 class Enclosed(NamedTuple):
@@ -109,7 +109,7 @@ def enclose(
         environment = {"LC_ALL": "C"}
         if wall.private_option:
             machine = replace(machine, ram_read_only=not machine.ram_share)
-        elif not machine.ram_share:
+        if not machine.ram_share:
             opened.append(sealed_memory("shim", shim()))
             environment["LD_PRELOAD"] = f"/proc/self/fd/{opened[-1]}"
         if not wall.bwrap:
