@@ -2,24 +2,24 @@
 
 Where it stands: ``vm.wall`` hands it in ``LD_PRELOAD`` to each QEMU that runs a clone.
 
-**No huge pages.**  QEMU asks for them (madvise) for its buffer of translated code and for each block
-of memory that a device has: 2 MiB for some kB of ACPI tables.  Loaded, the object calls
-prctl(PR_SET_THP_DISABLE).  Measured (QEMU 7.2, TCG, a clone after its first cell): 2.2 MiB less, and
-no slower: clearing 8 huge pages takes as long as 4,000 small ones.
+**No huge pages.** QEMU asks for them (madvise) for its buffer of translated code and for each
+block of memory that a device has: 2 MiB for some kB of ACPI tables. Loaded, the object calls
+prctl(PR_SET_THP_DISABLE). Measured (QEMU 7.2, TCG, a clone after its first cell): 2.2 MiB less,
+and no slower: clearing 8 huge pages takes as long as 4,000 small ones.
 
-**Opening the guest's RAM without the right to write**, where QEMU has no word of its own for that.
-A clone maps the template's RAM privately, which takes no right to write to the file (mmap(2):
-MAP_PRIVATE with PROT_WRITE needs a descriptor open for reading).  QEMU before 8.2 asks for that right
-all the same, and so the template would lie open to a QEMU that was broken out of.  Later ones are
-told ``readonly=on,rom=off``.
+**Opening the guest's RAM without the right to write**, where QEMU has no word of its own for
+that. A clone maps the template's RAM privately, which takes no right to write to the file
+(mmap(2): MAP_PRIVATE with PROT_WRITE needs a descriptor open for reading). QEMU before 8.2 asks
+for that right all the same, and so the template would lie open to a QEMU that was broken out of.
+Later ones are told ``readonly=on,rom=off``.
 
-For that the object defines ``open64`` and the names that stand for it in other builds.  They do what
-libc's do, but for one thing: where opening for reading and writing is *refused* (EROFS, EACCES), it
-is opened for reading.  The refusal is the kernel's and comes first, so a shim that is not loaded, or
-does not take, opens nothing: QEMU ends with its message.
+For that the object defines ``open64`` and the names that stand for it in other builds. They do
+what libc's do, but for one thing: where opening for reading and writing is *refused* (EROFS,
+EACCES), it is opened for reading. The refusal is the kernel's and comes first, so a shim that is
+not loaded, or does not take, opens nothing: QEMU ends with its message.
 
 It is made here, byte by byte, and not by a compiler, which users' machines do not have; nor is a
-binary kept in the repository, which nobody could read.  Rejected: a copy of the RAM in a sealed
+binary kept in the repository, which nobody could read. Rejected: a copy of the RAM in a sealed
 memfd (0.2-0.4 s and 200-400 MiB).
 
 Sources: the System V ABI and its x86-64 supplement (ELF, symbol tables, relocation, calls,
