@@ -1,39 +1,46 @@
 #!/usr/bin/env python3
 """Kernels side by side: plain ipykernel, and ours in its microVM, in one run.
 
-    script/bench                      everything, about five minutes
-    script/bench --quick              fewer rounds, about two
+    script/bench                      everything, about six minutes
+    script/bench --quick              fewer rounds, about three
     script/bench --only start         one block (repeatable)
-    script/bench --kernel NAME        which kernelspecs; the first is what others are compared to
+    script/bench --kernel NAME        which kernelspecs; the first is what others are compared to,
+                                      NAME+pool is started from a ready pool, NAME is not
     script/bench --waterfall          where the time from the spawn to the first result goes
+    script/bench --scale 200          many kernels at once: what a further one costs, as they grow
+    script/bench --goals              all of that, for docs/performance.md: figures, plots
+    script/bench --plot FILE.json     the plots of what one of these has written
     script/bench --oneshot            `vmkernel run` of hello world beside python3, bubblewrap, …
 
-Black box: jupyter_client starts the kernels, as any front end does, and /proc tells their memory.
-The table and a JSON file with every sample go to bench-output/.  It never fails on a figure: one
-that could not be taken is shown as such, with the reason.  Modules: ``blocks`` (what is done),
-``subject`` (one kernel), ``memory``, ``machine``, ``figures`` (samples, ratios), ``report``.
+What is measured, and how, is in ``vmkernel/bench``; here is what only a checkout has: the command
+line, ``waterfall``, ``scale``, ``plots``, ``oneshot``, ``soak``.  Tables and JSON files with every
+sample go to bench-output/.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import machine
 import oneshot
-import report
+import page
+import plots
+import scale
 import waterfall
-from blocks import BLOCKS, Run
-from figures import Results
-from subject import Subject
+
+from vmkernel.bench import machine, report
+from vmkernel.bench.blocks import BLOCKS
+from vmkernel.bench.measure import measure, text
+from vmkernel.bench.rig import Pool, Rig
+from vmkernel.cli.install import install_kernelspec
 
 OUTPUT = Path(__file__).resolve().parents[2] / "bench-output"
-TEMPLATE_LIMIT = 600.0
-"""Seconds the very first start may take: it may have to build a template."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,32 +49,41 @@ def parse_arguments() -> argparse.Namespace:
         description="Measures Jupyter kernels side by side; see tests/bench/compare.py."
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--brief", action="store_true", help="what needs long waits left out")
     parser.add_argument(
         "--kernel", action="append", metavar="NAME",
-        help="a kernelspec's name, repeatable; the first is the base (python3, vmsandbox)",
+        help="a kernelspec's name, NAME+pool for one from the ready pool, repeatable; the first is "
+        "the base (python3, vmsandbox, vmsandbox+pool)",
     )  # fmt: skip
     parser.add_argument(
         "--only", action="append", choices=BLOCKS, metavar="BLOCK",
         help=f"measure this block, repeatable: {', '.join(BLOCKS)}",
     )  # fmt: skip
-    parser.add_argument("--rounds", type=int, help="samples of what is slow (9; quick: 3)")
-    parser.add_argument("--cells", type=int, help="round trips (300; quick: 60)")
+    parser.add_argument("--rounds", type=int, help="samples of what is slow (11; quick: 3)")
+    parser.add_argument("--cells", type=int, help="round trips (400; quick: 60)")
     parser.add_argument("--many", type=int, help="kernels at once for memory (5; quick: 3)")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--waterfall", action="store_true", help="the steps of a start instead")
+    other.add_argument("--scale", type=int, metavar="N", help="up to N kernels at once instead")
+    other.add_argument("--oneshot", action="store_true", help="one-shot hello world instead")
+    other.add_argument("--goals", action="store_true", help="figures, waterfall and scale, plotted")
+    other.add_argument("--plot", type=Path, metavar="JSON", help="draw what was measured")
     parser.add_argument(
-        "--waterfall", action="store_true", help="show the steps of a start instead"
+        "--most", type=int, default=200, metavar="N", help="kernels at once, with --goals (200)"
     )
     parser.add_argument(
-        "--oneshot", action="store_true", help="measure one-shot runs of hello world instead"
+        "--into-docs", action="store_true", help="with --goals and --plot: also into docs/"
     )
     parser.add_argument("--output", type=Path, default=OUTPUT, help="directory of the results")
     options = parser.parse_args()
-    options.kernel = options.kernel or ["python3", "vmsandbox"]
     options.only = options.only or list(BLOCKS)
-    for name, usual, quick in (("rounds", 9, 3), ("cells", 300, 60), ("many", 5, 3)):
+    for name, usual, quick in (("rounds", 11, 3), ("cells", 400, 60), ("many", 5, 3)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else usual)
     if min(options.rounds, options.cells) < 1 or options.many < 2:
         parser.error("--rounds and --cells need at least 1, --many at least 2")
+    if options.scale is not None and options.scale < 2:
+        parser.error("--scale needs at least 2")
     return options
 
 
@@ -76,69 +92,65 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def warm(kernels: list[str], results: Results) -> dict[str, str]:
-    """Start each kernel once, unmeasured: a VM's template is there then, and files are cached.
-
-    Returns what each says of itself; a kernel that does not start is left out from here on.
-    """
-    banners: dict[str, str] = {}
-    for kernel in kernels:
-        say(f"warming {kernel}")
-        try:
-            subject = Subject.start(kernel, limit=TEMPLATE_LIMIT)
-        except Exception as error:  # whatever it is: said, and the others are measured
-            results.fail(("start_first",), kernel, f"it does not start: {error}")
-            continue
-        info = subject.info
-        lines = [line for line in str(info.get("banner", "")).splitlines() if line.strip()]
-        banners[kernel] = (
-            f"{info.get('implementation')} {info.get('implementation_version')}, "
-            f"Python {info['language_info'].get('version')}; {lines[-1] if lines else ''}"
-        )
-        subject.kill()
-    return banners
-
-
 def main() -> int:
     """Measure, print, write; 0 unless the arguments are wrong."""
     options = parse_arguments()
     # An installed package has its bytecode; in a checkout the first start must be free to write it.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-    if options.waterfall:
-        return waterfall.main(options.kernel, options.rounds, options.output, say)
     if options.oneshot:
         return oneshot.main(options.rounds, options.output, say)
-    begun = time.time()
-    stamp = time.strftime("%Y-%m-%dT%H%M%S", time.localtime(begun))
-    host: dict[str, Any] = machine.describe()
-    host |= {
-        "date": stamp,
-        "load_at_begin": machine.load(),
-        "calibration_ms_at_begin": machine.calibrate(),
-    }
-    results = Results(list(options.kernel))
-    host["kernels"] = warm(options.kernel, results)
-    every = list(results.kernels)
-    results.kernels = list(host["kernels"])
-    run = Run(results, options.rounds, options.cells, options.many, say)
-    try:
-        for name in options.only if results.kernels else ():
-            say(f"{name} (load {machine.load()}, {time.time() - begun:.0f} s so far)")
-            BLOCKS[name](run)
-    except KeyboardInterrupt:
-        say("interrupted: this is what was measured so far")
-    results.kernels = every
-    host["load_at_end"] = machine.load()
-    host["calibration_ms_at_end"] = machine.calibrate()
-    path = options.output / f"compare-{stamp}.json"
-    settings = {name: getattr(options, name) for name in ("rounds", "cells", "many", "only")}
-    report.write_json(path, host, results, settings)
-    text = f"{report.machine_lines(host)}\n\n{report.table(results)}\n"
-    if remarks := report.notes(results):
-        text += f"\n{remarks}\n"
-    path.with_suffix(".md").write_text(text)
-    print(text)
+    if options.plot:
+        return draw(options.plot, options.into_docs)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what there is by then is told
+    what = next(
+        (word for word in ("waterfall", "scale", "goals") if getattr(options, word)), "compare"
+    )
+    content: dict[str, Any] = {"options": {k: str(v) for k, v in vars(options).items()}}
+    words: list[str] = []
+    with Rig() as rig:
+        install_kernelspec(rig.kernels_dir, name="vmsandbox")
+        kernels = options.kernel or default_kernels()
+        if what in ("compare", "goals"):
+            results, host = measure(
+                rig, kernels, options.only, rounds=options.rounds, cells=options.cells,
+                many=options.many, say=say, brief=options.brief,
+            )  # fmt: skip
+            content |= report.full(results, host)
+            words.append(text(results, host))
+        else:
+            content["machine"] = machine.describe() | {
+                "date": time.strftime("%Y-%m-%dT%H%M%S"), "load_at_begin": machine.load()
+            }  # fmt: skip
+        if what in ("waterfall", "goals"):
+            rounds = min(options.rounds, 7)
+            content["waterfall"] = waterfall.take(rig, kernels, rounds, say)
+            words.append(waterfall.text(content["waterfall"]))
+        if what in ("scale", "goals"):
+            most = options.most if what == "goals" else options.scale
+            content["scale"] = scale.take(rig, kernels[-1], most, say)
+            words.append(scale.text(content["scale"]))
+    content["machine"]["load_at_end"] = machine.load()
+    path = options.output / f"{what}-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
+    report.write_json(path, content)
+    whole = "\n".join(words)
+    path.with_suffix(".md").write_text(whole)
+    print(whole)
     say(f"written: {os.path.relpath(path)} and .md")
+    return draw(path, options.into_docs) if what == "goals" else 0
+
+
+def default_kernels() -> list[str]:
+    """Plain, ours past the pool, and from it where there is one."""
+    return ["python3", "vmsandbox", *(["vmsandbox+pool"] if Pool.exists() else [])]
+
+
+def draw(path: Path, into_docs: bool) -> int:
+    """The plots beside the JSON file *path*, and in docs/ if so asked."""
+    made: Sequence[Path] = plots.draw(path)
+    for plot in made:
+        say(f"drawn: {os.path.relpath(plot)}")
+    if into_docs:
+        page.update(path, made)
     return 0
 
 

@@ -23,8 +23,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import machine
-from figures import percentile
+from vmkernel.bench import machine
+from vmkernel.bench.figures import percentile
 
 HELLO = 'print("hello")'
 LIMIT = 600.0

@@ -3,21 +3,21 @@
 Two sources, each in starts of its own since the second one slows what it watches: the stamps that
 a kernel writes into the file named by VMKERNEL_TRACE (``vmkernel/trace.py``; a kernel that knows
 nothing of it shows only what a front end sees), and ``python -X importtime`` by its environment
-variable.
+variable (not of a kernel from the pool, which has imported all before).
 """
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import machine
-from subject import KernelFailedError, Subject
+from vmkernel.bench.rig import Rig, RigError, is_pooled
+from vmkernel.bench.subject import KernelFailedError, Subject
+from vmkernel.errors import VmError
 
 _WIDTH = 48
 _TOP = 25
@@ -25,37 +25,40 @@ Say = Callable[[str], None]
 Steps = list[tuple[str, float]]
 
 
-def main(kernels: list[str], rounds: int, output: Path, say: Say) -> int:
-    """Print and write the waterfall of each kernel; always 0."""
-    stamp = time.strftime("%Y-%m-%dT%H%M%S")
-    collected: dict[str, object] = {"machine": machine.describe(), "load": machine.load()}
-    lines: list[str] = []
+def take(rig: Rig, kernels: list[str], rounds: int, say: Say) -> dict[str, Any]:
+    """The waterfall of each kernel: its steps, and its imports; or why there is none."""
+    found: dict[str, Any] = {}
     for kernel in kernels:
         say(f"waterfall of {kernel}")
         try:
-            Subject.start(kernel, limit=600.0).kill()  # files and template warm
-            steps = median_steps([_one_start(kernel) for _ in range(rounds)])
-            imports = _imports(kernel, min(rounds, 3))
-        except (KernelFailedError, OSError, RuntimeError) as error:
-            lines.append(f"{kernel}: not taken: {error}\n")
+            Subject.start(rig, kernel, limit=600.0).kill()  # files and template warm
+            steps = median_steps([_one_start(rig, kernel) for _ in range(rounds)])
+            imports = {} if is_pooled(kernel) else _imports(rig, kernel, min(rounds, 3))
+        except (KernelFailedError, RigError, VmError, OSError, RuntimeError) as error:
+            found[kernel] = {"not_taken": str(error)}
             continue
-        collected[kernel] = {"steps_ms": steps, "imports_us": imports}
-        lines += [draw(kernel, steps), _import_table(imports)]
-    text = "\n".join(lines)
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / f"waterfall-{stamp}.json"
-    path.write_text(json.dumps(collected, indent=1, ensure_ascii=False) + "\n")
-    path.with_suffix(".md").write_text(text)
-    print(text)
-    say(f"written: {path} and .md")
-    return 0
+        found[kernel] = {"steps_ms": steps, "imports_us": imports}
+    return found
 
 
-def _one_start(kernel: str) -> Steps:
+def text(found: dict[str, Any]) -> str:
+    """Bars and tables."""
+    lines: list[str] = []
+    for kernel, data in found.items():
+        if "not_taken" in data:
+            lines.append(f"{kernel}: not taken: {data['not_taken']}\n")
+            continue
+        lines.append(_bars(kernel, data["steps_ms"]))
+        if data["imports_us"]:
+            lines.append(_import_table(data["imports_us"]))
+    return "\n".join(lines)
+
+
+def _one_start(rig: Rig, kernel: str) -> Steps:
     """The steps of one start, ms since the spawn."""
     with tempfile.TemporaryDirectory() as directory:
         trace = Path(directory, "trace")
-        subject = Subject.start(kernel, env={"VMKERNEL_TRACE": str(trace)})
+        subject = Subject.start(rig, kernel, env={"VMKERNEL_TRACE": str(trace)})
         subject.kill()
         steps = [
             ("front end has kernel_info", subject.info_after * 1000),
@@ -85,7 +88,7 @@ def median_steps(starts: list[Steps]) -> Steps:
     return sorted(medians, key=lambda item: item[1])
 
 
-def draw(kernel: str, steps: Steps) -> str:
+def _bars(kernel: str, steps: Steps) -> str:
     """Bars: each from the step before to this one."""
     total = steps[-1][1] or 1.0
     wide = max(len(step) for step, _ in steps)
@@ -99,15 +102,16 @@ def draw(kernel: str, steps: Steps) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _imports(kernel: str, rounds: int) -> dict[str, tuple[int, int]]:
+def _imports(rig: Rig, kernel: str, rounds: int) -> dict[str, tuple[int, int]]:
     """Microseconds of each import (its own, with what it imports): the least of several starts."""
     least: dict[str, tuple[int, int]] = {}
     for _ in range(rounds):
         with tempfile.TemporaryFile() as stderr:
-            Subject.start(kernel, env={"PYTHONPROFILEIMPORTTIME": "1"}, stderr=stderr).kill()
+            env = {"PYTHONPROFILEIMPORTTIME": "1"}
+            Subject.start(rig, kernel, env=env, stderr=stderr).kill()
             stderr.seek(0)
-            text = stderr.read().decode(errors="replace")
-        for line in text.splitlines():
+            said = stderr.read().decode(errors="replace")
+        for line in said.splitlines():
             if not line.startswith("import time:") or "[us]" in line:
                 continue
             own, total, module = (part.strip() for part in line[len("import time:") :].split("|"))

@@ -41,6 +41,7 @@ COMMANDS: dict[str, _Entry] = {
     "logs": _Entry("vmkernel.cli.logs", "logs", "Show what a VM has said."),
     "gc": _Entry("vmkernel.cli.gc", "gc", "Remove leftovers, old logs and unused templates."),
     "doctor": _Entry("vmkernel.cli.doctor", "doctor", "Check all that the kernel needs."),
+    "bench": _Entry("vmkernel.cli.bench", "bench", "Measure kernels beside plain ipykernel."),
     "settings": _Entry("vmkernel.cli.settings", "settings", "Show every setting and its source."),
     "completion": _Entry("vmkernel.cli.completion", "completion", "Let a shell complete words."),
 }

@@ -9,6 +9,7 @@ died is replaced in the time of a fork, with the files of the VM as they were.
 
 from __future__ import annotations
 
+import builtins
 import ctypes
 import functools
 import gc
@@ -26,6 +27,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from vmkernel.guest import guard, usage, wake
@@ -278,12 +280,16 @@ def import_engine(config: dict[str, Any]) -> None:
     preload = config["preload"]
     os.environ.setdefault("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     importlib.import_module("vmkernel.guest.engine")
+    # Who asks while it is imported whether this is a notebook is told so, though the shell is yet
+    # to come: pandas, how many columns to show.
+    builtins.get_ipython = lambda: SimpleNamespace(kernel=None)  # type: ignore[attr-defined]
     for name in ("jedi", "IPython.core.pylabtools", "pexpect", *preload):
         try:
             importlib.import_module(name)
         except ImportError:
             if name in preload:
                 raise
+    del builtins.get_ipython  # type: ignore[attr-defined]
 
 
 def calm_machine() -> None:

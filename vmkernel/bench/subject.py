@@ -1,7 +1,8 @@
 """One kernel under measurement, seen as a front end sees it: through jupyter_client only.
 
-Under the blocks of ``blocks.py``.  Nothing here knows which kernel it drives; what differs between
-two kernels is their kernelspec's name.  Times are seconds of CLOCK_MONOTONIC.
+Under the blocks of ``blocks.py``.  What differs between two kernels is their kernelspec's name, and
+whether the ready pool is to be used: then a start waits, before its clock runs, until the pool has
+a member ready.  Times are seconds of CLOCK_MONOTONIC.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import select
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from queue import Empty
 from typing import IO, Any
 
 from jupyter_client.manager import KernelManager
+
+from vmkernel.bench.rig import Rig, Variant
 
 START_LIMIT = 90.0
 """Seconds a warm start may take before the figure is given up."""
@@ -33,32 +35,40 @@ class KernelFailedError(Exception):
 class Subject:
     """A running kernel and one client of it."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, rig: Rig, name: str) -> None:
         self.name = name
+        """As the table names it."""
+        self.remembers = True
+        """Whether its cells go to its history, as a person's do."""
         self.info_after = 0.0
         """Seconds from the spawn to the answer to the first ``kernel_info_request``."""
         self.first_after = 0.0
         """Seconds from the spawn to the reply to the first cell."""
         self.spawned_at = 0.0
         self.info: dict[str, Any] = {}
-        self._manager = KernelManager(kernel_name=name)
+        self._rig = rig
+        self._variant = Variant.of(name)
+        self._manager = KernelManager(kernel_name=self._variant.kernel)
         self._client: Any = None
 
     @classmethod
     def start(
         cls,
+        rig: Rig,
         name: str,
         *,
         limit: float = START_LIMIT,
+        remembers: bool = True,
         env: dict[str, str] | None = None,
         stderr: IO[bytes] | None = None,
     ) -> Subject:
-        """Start a kernel and run ``1+1`` in it.  Raises KernelFailedError."""
-        subject = cls(name)
+        """Start a kernel and run ``1+1`` in it.  Raises KernelFailedError, RigError."""
+        subject = cls(rig, name)
+        subject.remembers = remembers
         options: dict[str, Any] = {"stdout": subprocess.DEVNULL}
         options["stderr"] = subprocess.DEVNULL if stderr is None else stderr
-        if env:
-            options["env"] = os.environ | env
+        options["env"] = os.environ | rig.environment(subject._variant) | (env or {})
+        subject._wait_pool()
         subject.spawned_at = clock()
         try:
             subject._manager.start_kernel(**options)
@@ -70,10 +80,9 @@ class Subject:
             raise
         return subject
 
-    @property
-    def pid(self) -> int:
-        """The process that the front end started."""
-        return int(self._manager.provisioner.pid)
+    def _wait_pool(self) -> None:
+        if self._variant.pooled:
+            self._rig.pool.wait_ready()
 
     def _first_result(self, limit: float) -> None:
         begun = self.spawned_at
@@ -112,9 +121,12 @@ class Subject:
             if message["content"].get("execution_state") == "idle":
                 return
 
+    def _execute(self, code: str) -> str:
+        return str(self._client.execute(code, store_history=self.remembers))
+
     def expect(self, code: str, limit: float = REPLY_LIMIT) -> None:
         """Run a cell up to its reply, which must be ``ok``.  Raises KernelFailedError."""
-        content = self._answer(self._client.execute(code), limit)["content"]
+        content = self._answer(self._execute(code), limit)["content"]
         if content["status"] != "ok":
             raise KernelFailedError(f"{content.get('ename')}: {content.get('evalue')}")
 
@@ -123,7 +135,7 @@ class Subject:
     ) -> tuple[float, float]:
         """Run a cell; seconds until its reply and until ``idle``.  ``seen`` gets the outputs."""
         begun = clock()
-        msg_id = self._client.execute(code)
+        msg_id = self._execute(code)
         content = self._answer(msg_id, REPLY_LIMIT)["content"]
         replied = clock() - begun
         self._until_idle(msg_id, REPLY_LIMIT, seen)
@@ -173,6 +185,7 @@ class Subject:
 
     def restart(self) -> float:
         """Seconds from a polite restart to the first cell's reply in the new kernel."""
+        self._wait_pool()
         begun = clock()
         self._manager.restart_kernel()
         self._answer(self._client.kernel_info(), START_LIMIT)
@@ -181,7 +194,9 @@ class Subject:
 
     def shutdown(self) -> float:
         """Seconds from the ``shutdown_request`` to the end of the kernel's last process."""
-        handles = [_handle(pid) for pid in process_tree(self.pid)]
+        launched = int(self._manager.provisioner.pid)
+        pids = self._rig.processes_of(launched, self._manager.connection_file)
+        handles = [_handle(pid) for pid in pids]
         begun = clock()
         self._client.shutdown()
         try:
@@ -201,18 +216,6 @@ class Subject:
             self._client.stop_channels()
         with contextlib.suppress(RuntimeError):  # it never came to a process
             self._manager.shutdown_kernel(now=True)
-
-
-def process_tree(pid: int) -> list[int]:
-    """``pid`` and all its living descendants, the oldest first."""
-    found = [pid]
-    for parent in found:
-        try:
-            for thread in Path(f"/proc/{parent}/task").iterdir():
-                found += map(int, (thread / "children").read_text().split())
-        except OSError:
-            continue  # it ended meanwhile
-    return found
 
 
 def _handle(pid: int) -> int | None:

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from vmkernel.settings import load_settings
+
 _PACKAGES = ("vmkernel", "ipykernel", "ipython", "jupyter_client", "pyzmq", "msgspec")
 
 
@@ -38,6 +40,7 @@ def load() -> float:
 def describe() -> dict[str, Any]:
     """Processor, memory, versions."""
     facts = _proc_lines("/proc/meminfo", "/proc/cpuinfo")
+    settings = load_settings()
     return {
         "processor": facts.get("model name", platform.machine()),
         "cores": os.cpu_count(),
@@ -47,6 +50,8 @@ def describe() -> dict[str, Any]:
         "linux": platform.release(),
         "python": platform.python_version(),
         "qemu": _qemu(),
+        "recipe": settings.recipe,
+        "accelerator": settings.accelerator,
         "packages": {name: found for name in _PACKAGES if (found := _version(name))},
     }
 
@@ -68,12 +73,14 @@ def _system() -> str:
 
 
 def _qemu() -> str:
-    program = os.environ.get("VMKERNEL_QEMU") or "qemu-system-x86_64"
+    program = load_settings().qemu
     path = shutil.which(program)
     if path is None:
         return "not found"
     try:
-        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=20, check=False
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return f"does not run: {error}"
     return done.stdout.partition("\n")[0].strip()

@@ -9,15 +9,16 @@ goes on.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
-from figures import Results
-from memory import Footprint, footprint, idle_cpu
-from subject import KernelFailedError, Subject, clock
+from vmkernel.bench.figures import Results
+from vmkernel.bench.memory import Footprint, footprint, idle_cpu
+from vmkernel.bench.rig import Rig, RigError, Variant
+from vmkernel.bench.subject import KernelFailedError, Subject, clock
+from vmkernel.errors import VmError
 
 _MEGABYTES = 10
 _SIZE = _MEGABYTES * 1_000_000
@@ -29,9 +30,10 @@ _SUBPROCESS = (
     'for _ in range(10000): sys.stdout.write("x" * 999 + chr(10))\'])'
 )
 _OUTPUTS = {"print_lines": _LINES, "print_once": _ONCE, "print_subprocess": _SUBPROCESS}
-_IMPORTS = "import numpy, pandas"
+IMPORTS = "import numpy, pandas, matplotlib.pyplot"
+IDLE_SECONDS = 8.0
 
-_NOT_TAKEN = (KernelFailedError, Empty, OSError, RuntimeError, AssertionError)
+_NOT_TAKEN = (KernelFailedError, RigError, VmError, Empty, OSError, RuntimeError, AssertionError)
 
 
 @dataclass
@@ -39,11 +41,14 @@ class Run:
     """One run of the benchmark: what to measure, how often, and where the results go."""
 
     results: Results
+    rig: Rig
     rounds: int
     cells: int
     many: int
     """Kernels alive at once when memory is measured."""
     say: Callable[[str], None]
+    brief: bool = False
+    """Take memory without cells in a history: what writes it need not be waited for, 15 s each."""
 
     def orders(self, rounds: int) -> Iterator[list[str]]:
         """The kernels' order in each round: everyone is first equally often."""
@@ -68,21 +73,27 @@ class Run:
             subjects: dict[str, Subject] = {}
             for kernel in self.results.kernels:
                 with self.sample(kernel, *keys):
-                    subjects[kernel] = Subject.start(kernel)
+                    subjects[kernel] = Subject.start(self.rig, kernel)
                     stack.callback(subjects[kernel].kill)
                     subjects[kernel].listen()
             yield subjects
 
 
 def start(run: Run) -> None:
-    """Spawn to kernel_info and first result, and the end."""
+    """Spawn to kernel_info and first result; the imports, as nothing is imported yet; the end."""
     for order in run.orders(run.rounds):
         for kernel in order:
-            with run.sample(kernel, "start_info", "start_first", "shutdown"):
-                subject = Subject.start(kernel)
+            with run.sample(kernel, "start_info", "start_first"), contextlib.ExitStack() as stack:
+                subject = Subject.start(run.rig, kernel)
+                stack.callback(subject.kill)
                 run.results.add("start_info", kernel, subject.info_after)
                 run.results.add("start_first", kernel, subject.first_after)
-                run.results.add("shutdown", kernel, subject.shutdown())
+                if not run.brief:
+                    with run.sample(kernel, "import_time"):
+                        subject.listen()
+                        run.results.add("import_time", kernel, subject.cell(IMPORTS)[0])
+                with run.sample(kernel, "shutdown"):
+                    run.results.add("shutdown", kernel, subject.shutdown())
 
 
 def restart(run: Run) -> None:
@@ -119,7 +130,7 @@ def interrupt(run: Run) -> None:
 
 
 def complete(run: Run) -> None:
-    """Completion of an attribute of a loaded module, the first (cold) one apart."""
+    """Completion of an attribute of a module that is loaded, the first (cold) one apart."""
 
     def take(subject: Subject) -> float:
         subject.expect("import os")
@@ -176,51 +187,60 @@ def _one_output(run: Run, subject: Subject, key: str, code: str) -> None:
 
 
 def memory(run: Run) -> None:
-    """PSS with one kernel and with several, idle and after an import; idle CPU."""
+    """PSS with one kernel and with several, idle and after an import; idle CPU.
+
+    All processes count, in which of them a kernel ever lives: what the front end started, wrapper,
+    QEMU and what encloses it, the pool with the member that waits.  What a pool costs once, all its
+    kernels share: it is in the figures of one kernel, and not in those of a further one.
+    """
     for kernel in run.results.kernels:
+        if not Variant.of(kernel).pooled:
+            run.rig.pool.stop()
         keys = ("memory_one", "memory_further", "memory_further_private", "idle_cpu")
         with contextlib.ExitStack() as stack, run.sample(kernel, *keys):
-            subjects = [_kept(kernel, stack)]
-            one = _settled(subjects)
-            subjects += [_kept(kernel, stack) for _ in range(run.many - 1)]
-            many = _settled(subjects)
+            subjects = [_kept(run, kernel, stack)]
+            one = _settled(run, kernel)
+            subjects += [_kept(run, kernel, stack) for _ in range(run.many - 1)]
+            many = _settled(run, kernel)
             further = many.minus(one, run.many - 1)
             run.results.add("memory_one", kernel, one.pss)
             run.results.add("memory_further", kernel, further.pss)
             run.results.add("memory_further_private", kernel, further.private)
-            run.results.detail("memory_further_by_program", kernel, further.by_program)
-            run.results.detail("memory_one_by_program", kernel, one.by_program)
-            run.results.detail("processes_per_kernel", kernel, one.processes)
-            cpu = idle_cpu([subject.pid for subject in subjects], 5.0)
+            run.results.detail("memory_one_footprint", kernel, one.as_json())
+            run.results.detail("memory_further_footprint", kernel, further.as_json())
+            cpu = idle_cpu(run.rig.processes(), IDLE_SECONDS / (2 if run.brief else 1))
             run.results.add("idle_cpu", kernel, cpu / run.many)
-            _memory_after_imports(run, kernel, subjects)
+            if not run.brief:
+                _memory_after_imports(run, kernel, subjects)
 
 
 def _memory_after_imports(run: Run, kernel: str, subjects: list[Subject]) -> None:
-    with run.sample(kernel, "import_time", "memory_one_imports", "memory_further_imports"):
+    with run.sample(kernel, "memory_one_imports", "memory_further_imports"):
         for subject in subjects:
-            replied, _ = subject.cell(_IMPORTS)
-            run.results.add("import_time", kernel, replied)
-        many = _settled(subjects)
+            subject.cell(IMPORTS)
+        many = _settled(run, kernel)
         for subject in subjects[1:]:
             subject.kill()
-        one = _settled(subjects[:1])
+        one = _settled(run, kernel)
         further = many.minus(one, run.many - 1)
         run.results.add("memory_one_imports", kernel, one.pss)
         run.results.add("memory_further_imports", kernel, further.pss)
-        run.results.detail("memory_further_imports_by_program", kernel, further.by_program)
+        run.results.detail("memory_further_imports_footprint", kernel, further.as_json())
 
 
-def _kept(kernel: str, stack: contextlib.ExitStack) -> Subject:
-    subject = Subject.start(kernel)
+def _kept(run: Run, kernel: str, stack: contextlib.ExitStack) -> Subject:
+    subject = Subject.start(run.rig, kernel, remembers=not run.brief)
     stack.callback(subject.kill)
     subject.listen()
     return subject
 
 
-def _settled(subjects: list[Subject]) -> Footprint:
-    time.sleep(2.0)  # threads that end, buffers that are given back
-    return footprint(subject.pid for subject in subjects)
+def _settled(run: Run, kernel: str) -> Footprint:
+    """The place's memory, when all that is to end has ended and the pool is full again."""
+    if Variant.of(kernel).pooled:
+        run.rig.pool.wait_ready()
+    run.rig.settle()
+    return footprint(run.rig.processes())
 
 
 BLOCKS: dict[str, Callable[[Run], None]] = {
