@@ -37,8 +37,8 @@ log = logging.getLogger("vmkernel")
 DELAY = 1.0
 """Seconds from a cell's begin until it is handed over; what comes meanwhile goes with it."""
 REST = 2.0
-"""Seconds without anything to do after which the process is ended.  To start it again takes 0.2 s of
-processor time, at low priority; to keep it takes 15 MiB for each kernel that somebody works with."""
+"""Seconds without anything to do after which the process is ended.  To start it again takes 0.2 s
+of processor time, at low priority; to keep it, 15 MiB for each kernel that somebody works with."""
 PATIENCE = 10.0
 """Seconds that a front end's question may take."""
 GOODBYE = 3.0
