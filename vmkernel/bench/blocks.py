@@ -9,13 +9,14 @@ goes on.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from queue import Empty
 from typing import Any
 
 from vmkernel.bench.figures import Results
-from vmkernel.bench.memory import Footprint, footprint, idle_cpu
+from vmkernel.bench.memory import Footprint, footprint, idle_cpu, mappings
 from vmkernel.bench.rig import Rig, RigError, Variant
 from vmkernel.bench.subject import KernelFailedError, Subject, clock
 from vmkernel.errors import VmError
@@ -208,6 +209,7 @@ def memory(run: Run) -> None:
             run.results.add("memory_further_private", kernel, further.private)
             run.results.detail("memory_one_footprint", kernel, one.as_json())
             run.results.detail("memory_further_footprint", kernel, further.as_json())
+            run.results.detail("mappings_of_all", kernel, mappings(run.rig.processes()))
             cpu = idle_cpu(run.rig.processes(), IDLE_SECONDS / (2 if run.brief else 1))
             run.results.add("idle_cpu", kernel, cpu / run.many)
             if not run.brief:
@@ -240,6 +242,8 @@ def _settled(run: Run, kernel: str) -> Footprint:
     if Variant.of(kernel).pooled:
         run.rig.pool.wait_ready()
     run.rig.settle()
+    if not run.brief:
+        time.sleep(2.0)
     return footprint(run.rig.processes())
 
 

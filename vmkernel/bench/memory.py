@@ -66,6 +66,45 @@ def footprint(pids: Iterable[int]) -> Footprint:
     return total
 
 
+def mappings(pids: Iterable[int]) -> dict[str, dict[str, float]]:
+    """What that memory is: MiB resident, proportional and private, by process and kind."""
+    found: dict[str, dict[str, float]] = {}
+    for pid in pids:
+        try:
+            who = role(pid)
+            lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+        except OSError:
+            continue
+        sizes: dict[str, float] = {}
+        for line in lines:
+            first, _, rest = line.partition(" ")
+            if not first.endswith(":"):  # a mapping's own line: addresses, rights, …, path
+                words = rest.split(None, 4)
+                kind = _kind(words[0], words[4].strip() if len(words) > 4 else "")
+                empty = {"rss": 0.0, "pss": 0.0, "private": 0.0}
+                sizes = found.setdefault(f"{who}: {kind}", empty)
+            elif first in _SIZES:
+                sizes[_SIZES[first]] += int(rest.split()[0]) / 1024
+    return {
+        name: {key: round(value, 2) for key, value in sizes.items()}
+        for name, sizes in sorted(found.items(), key=lambda item: -item[1]["pss"])
+        if sizes["pss"] >= 0.05
+    }
+
+
+_SIZES = {"Rss:": "rss", "Pss:": "pss", "Private_Dirty:": "private"}
+
+
+def _kind(rights: str, path: str) -> str:
+    if path.startswith("["):
+        return path.strip("[]").partition(":")[0]
+    if not path:
+        return "translated code" if "w" in rights and "x" in rights else "anonymous"
+    if "/templates/" in path or path.endswith("/ram"):
+        return "guest's memory"
+    return "files" if "w" not in rights else "files, written to"
+
+
 def role(pid: int) -> str:
     """What a kernel's process is: its program's name, or for several of Python which."""
     name = Path(f"/proc/{pid}/comm").read_text().strip()

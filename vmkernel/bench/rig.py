@@ -120,21 +120,23 @@ class Rig:
         return _descendants(roots, _parents())
 
     def settle(self, limit: float = 40.0) -> float:
-        """Wait until what ends by itself has ended: the processes that wrote a history, and
-        threads, buffers.  Returns the seconds waited."""
+        """Wait until what ends by itself has ended.  Returns the seconds waited.
+
+        That are threads and buffers, and the processes that wrote a history.
+        """
         begun = time.monotonic()
-        time.sleep(2.0)
-        while time.monotonic() < begun + limit and any(map(is_history, self.processes())):
-            time.sleep(0.5)
-        time.sleep(1.0)
-        return time.monotonic() - begun
+        while True:
+            time.sleep(1.0)
+            writing = any(map(is_history, self.processes()))
+            if not writing or time.monotonic() > begun + limit:
+                return time.monotonic() - begun
 
     def close(self) -> None:
         """End everything in the place, and remove it."""
         self.pool.stop()
         deadline = time.monotonic() + _GOODBYE
-        while (left := self.processes()) and time.monotonic() < deadline:
-            time.sleep(0.1)  # a history is being written
+        while any(map(is_history, left := self.processes())) and time.monotonic() < deadline:
+            time.sleep(0.1)
         for pid in left:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

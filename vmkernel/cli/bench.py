@@ -6,6 +6,7 @@ minute once the template is there.
 
 from __future__ import annotations
 
+import signal
 import sys
 
 import click
@@ -39,6 +40,7 @@ def bench(rounds: int, recipe: str | None, memory: str | None, plain: str, as_js
     def say(words: str) -> None:
         click.echo(words, err=True)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends with what there is
     options = {"recipe": recipe, "memory": memory}
     with Rig() as rig:
         install_kernelspec(
