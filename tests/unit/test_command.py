@@ -68,7 +68,7 @@ memory-backend=ram0,mem-merge=off,dump-guest-core=off
 -object memory-backend-file,id=ram0,size=2048M,mem-path=/cache/template/ram,share=on
 -kernel /images/minimal/vmlinuz
 -append console=ttyS0 quiet loglevel=4 panic=-1 reboot=t oops=panic nowatchdog \
-psi=0 cgroup_disable=memory apparmor=0 audit=0 \
+psi=0 cgroup_disable=memory apparmor=0 lsm=landlock,yama audit=0 \
 random.trust_cpu=on 8250.nr_uarts=1 transparent_hugepage=madvise tsc_early_khz=2596128 \
 tsc=reliable clocksource=tsc no_timer_check mitigations=off
 -initrd /cache/initrd

@@ -50,6 +50,8 @@ PERIODIC = {
     "/proc/sys/vm/dirty_writeback_centisecs": "0",  # the disk ends with the VM: write when it must
     "/proc/sys/vm/stat_interval": "3600",  # seconds
     "/proc/sys/vm/compaction_proactiveness": "0",  # kcompactd, twice a second
+    "/proc/sys/net/ipv4/neigh/default/interval_probe_time_ms": "3600000",  # each is a worker's job
+    "/proc/sys/net/ipv6/neigh/default/interval_probe_time_ms": "3600000",
     "/sys/block/vda/queue/wbt_lat_usec": "0",
     "/sys/block/vdb/queue/wbt_lat_usec": "0",
 }
@@ -69,6 +71,7 @@ class Agent:
         self._meter = usage.Meter()
         self._files = Files(become_user, self._reply)
         self._config: dict[str, Any] = {}
+        self._machine: wake.Machine
         self._template = True  # in the making, until somebody wakes it
         self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -86,14 +89,14 @@ class Agent:
         self.send(hello)
         calm_machine()
         guard.close_doors()
-        wake.make_identities()
+        self._machine = wake.Machine()
         try:
             self._config = json.loads(CONFIG.read_text())
             import_engine(self._config)
         except BaseException:
             self.send(messages.Failed("the guest kernel cannot be imported:\n" + _traceback()))
             raise
-        rehearse_wake()
+        self._rehearse_wake()
         guard.stand_above()
         self.start_kernel(None)
         while True:
@@ -140,6 +143,7 @@ class Agent:
                 for fd in (self.port.fd, self._signal_read, self._signal_write, status):
                     os.close(fd)
                 self._files.disown()
+                self._machine.disown()
                 if marker is not None:  # what a dead kernel left would hold memory and processor
                     guard.end_the_others()
                 run = run_relay if self._config["engine"] == "relay" else run_engine
@@ -173,7 +177,7 @@ class Agent:
         else:
             if self._template:
                 # Again, as the guest kernel shares our memory by now: what this writes to is ours
-                rehearse_wake()
+                self._rehearse_wake()
                 os.sync()  # a clone has nothing to write back
             self.send(messages.Ready(report))
 
@@ -237,7 +241,7 @@ class Agent:
         match command:
             case messages.Wake():
                 self._template = False
-                wake.wake_machine(command.time_ns, command.entropy, command.hostname)
+                self._machine.wake(command.time_ns, command.entropy, command.hostname)
             case messages.SetClock():
                 wake.set_clock(command.time_ns)
             case messages.Interrupt():
@@ -251,6 +255,18 @@ class Agent:
             case messages.Stats():
                 return self._meter.measure(self.kernel_pid)
         return None
+
+    def _rehearse_wake(self) -> None:
+        """Do what every clone does first, so that no clone has to build decoders and caches for it.
+
+        (A decoder is compiled from its type at first use: 80 ms and more under emulation.)
+        """
+        command = messages.Wake(time.time_ns(), os.urandom(64), os.uname().nodename)
+        body = messages.encode_json(messages.Call(0, command))
+        call = messages.decode(body, messages.Call)
+        assert isinstance(call.command, messages.Wake)
+        self._machine.wake(call.command.time_ns, call.command.entropy, call.command.hostname)
+        frames.FrameReader().feed(b"".join(frames.encode(messages.encode_json(messages.Reply(0)))))
 
 
 def measure_timer() -> float:
@@ -301,19 +317,6 @@ def calm_machine() -> None:
     for path, value in PERIODIC.items():
         with suppress(OSError):  # another kernel may lack it
             Path(path).write_text(value)
-
-
-def rehearse_wake() -> None:
-    """Do what every clone does first, so that no clone has to build decoders and caches for it.
-
-    (A decoder is compiled from its type at first use: 80 ms and more under emulation.)
-    """
-    command = messages.Wake(time.time_ns(), os.urandom(64), os.uname().nodename)
-    body = messages.encode_json(messages.Call(0, command))
-    call = messages.decode(body, messages.Call)
-    assert isinstance(call.command, messages.Wake)
-    wake.wake_machine(call.command.time_ns, call.command.entropy, call.command.hostname)
-    frames.FrameReader().feed(b"".join(frames.encode(messages.encode_json(messages.Reply(0)))))
 
 
 def become_user() -> None:

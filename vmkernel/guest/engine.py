@@ -46,7 +46,7 @@ from vmkernel.guest.port import Interrupts, Port
 from vmkernel.guest.session import PortSession, encode_body
 from vmkernel.guest.streams import OutputPump, PortStream
 from vmkernel.guest.tracebacks import Tracebacks
-from vmkernel.guest.wake import reseed_process
+from vmkernel.guest.wake import Generators, reseed_process
 from vmkernel.protocol import frames, messages
 
 WARM_UP = (
@@ -66,6 +66,11 @@ WARM_UP_WITH = {
 }
 """More of them, where the recipe preloads the module."""
 
+UTC = ("", "UTC", "Etc/UTC")
+UTC_NAMES = ("UTC", "UTC")
+IDLE = 0.03
+"""Seconds after its wake-up in which a clone runs a first cell of its own, if it has no other."""
+
 
 class Engine:
     """One guest kernel: owns the ports, serves requests in order."""
@@ -78,6 +83,9 @@ class Engine:
         self._requests: list[tuple[messages.ToGuest, list[memoryview]]] = []
         self._inputs: list[str] = []
         self._awake = False
+        self._generators: Generators | None = None
+        """In a template, and until its clone is awake"""
+        self._served = False
         self._reading = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
@@ -176,6 +184,14 @@ class Engine:
         self._tasks.add(task)
 
     async def _get_ready(self, on_ready: Any, warm_up: bool) -> None:
+        try:
+            await self._warm_up_template(warm_up)
+        except BaseException:  # the agent tells the host what this process said last
+            traceback.print_exc(file=sys.__stderr__)
+            os._exit(1)
+        on_ready({"status": "ok", **self.kernel.kernel_info})
+
+    async def _warm_up_template(self, warm_up: bool) -> None:
         if warm_up:
             preloaded = (code for name, code in WARM_UP_WITH.items() if name in sys.modules)
             for code in (*WARM_UP, *preloaded):
@@ -183,10 +199,12 @@ class Engine:
             self.kernel.do_complete("import os; os.pa", 16)
             self.kernel.do_inspect("print", 5)
             self.kernel.do_is_complete("for i in x:")
+            # Not by the usual reseeding: it would make the generator of OpenSSL, for all clones
+            self._generators = Generators()
             await self._rehearse_requests()
+            self._generators = Generators()
         gc.collect()
         gc.freeze()  # the collector must not write to memory that clones share
-        on_ready({"status": "ok", **self.kernel.kernel_info})
 
     async def _rehearse_requests(self) -> None:
         """Serve a wake-up and a cell as they will come, so that decoders and caches are made."""
@@ -212,13 +230,17 @@ class Engine:
         """Nothing that runs in here reaches the host, or is left in the user's namespace."""
         hook = self.kernel.shell.displayhook
         size, hook.cache_size = hook.cache_size, 0  # no _, no Out
-        self.port.muted = True
+        PortSession.silenced = threading.get_ident()
+        # Once it is awake, other threads may have something to say
+        self.port.muted = not self._awake
         try:
             yield
         finally:
             self.pump.publish()
-            self.port.discard()
-            self.port.muted = False
+            if self.port.muted:
+                self.port.discard()
+                self.port.muted = False
+            PortSession.silenced = 0
             hook.cache_size = size
             for name in ("last_type", "last_value", "last_traceback", "last_exc"):
                 vars(sys).pop(name, None)
@@ -274,6 +296,7 @@ class Engine:
                 return
             if not self._awake:
                 raise RuntimeError("a request came before the wake-up")
+            self._served = True
             await self._serve_jupyter(request, buffers)
 
     async def _serve_jupyter(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
@@ -330,20 +353,23 @@ class Engine:
 
     async def _wake(self, request: messages.ToGuest, *, reply: bool = True) -> None:
         content = messages.decode(bytes(request.content), messages.WakeKernel)
-        reseed_process(content.entropy)
+        generators, self._generators = self._generators, None
+        if generators is not None:
+            generators.reseed(content.entropy)
+        else:
+            reseed_process(content.entropy)
         os.environ.update(content.env)
         backend = content.env.get("MPLBACKEND")
         if backend and "matplotlib" in sys.modules:
             sys.modules["matplotlib"].use(backend)  # it read the environment in the template
-        time.tzset()
+        if content.env.get("TZ", "") not in UTC or time.tzname != UTC_NAMES:
+            time.tzset()
         if content.cwd:
             with suppress(OSError):  # not in the guest: cells start in the user's home
                 os.chdir(content.cwd)
         name = os.environ.get("JPY_SESSION_NAME")
         if name:
             self.kernel.shell.user_ns["__session__"] = name
-        # Under emulation the first run of any code is slow: let it happen before the first cell
-        await self._run_untraced("1+1")
         self._awake = self.control.awake = True
         if not reply:
             return
@@ -351,6 +377,19 @@ class Engine:
             request.channel, "wake_reply", {"status": "ok"}, {"header": {"msg_id": request.msg_id}}
         )
         self.port.flush()
+        self._loop.call_later(IDLE, self._warm_up_later)
+
+    def _warm_up_later(self) -> None:
+        """Run a cell if nobody else has: under emulation the first run of any code is slow."""
+        if not self._served:
+            task = self._loop.create_task(self._warm_up(), context=self._context)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _warm_up(self) -> None:
+        async with self._lock:
+            if not self._served:
+                await self._run_untraced("1+1")
 
 
 def _as_received(msg_type: str, header: msgspec.Raw, content: bytes) -> messages.ToGuest:

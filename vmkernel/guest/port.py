@@ -20,7 +20,9 @@ from types import FrameType
 
 from vmkernel.protocol import frames
 
-READ_SIZE = 256 << 10
+READ_SIZE = 4096
+"""Linux gives no more than a page of a port's at once (port_fops_read in virtio_console.c), and
+larger room would be asked of the system and given back each time."""
 _RINGS = 4096
 _INSTANT = 1.0
 
@@ -238,7 +240,7 @@ class Port:
                 if not data:  # the host end is closed
                     break
                 messages += self._reader.feed(data)
-                if len(data) < 4096:
+                if len(data) < READ_SIZE:
                     break
         finally:
             self.interrupts.release()

@@ -6,6 +6,7 @@ Where it stands: what ipykernel calls to send anything, in the Python engine.
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import msgspec
@@ -24,6 +25,8 @@ class PortSession(Session):
     port: Port
     pump: OutputPump
     owner_pid: int
+    silenced = 0
+    """The thread whose messages are made, but not sent: for rehearsals."""
 
     def send(
         self,
@@ -63,8 +66,11 @@ class PortSession(Session):
             message["metadata"],
             message["content"],
         ]
+        data = encode_body(body)
+        if self.silenced and threading.get_ident() == self.silenced:
+            return message
         self.pump.settle()
-        self.port.queue(encode_body(body), tuple(buffers or ()))
+        self.port.queue(data, tuple(buffers or ()))
         if stream == "iopub":
             self.pump.wake()  # what is shown in the middle of a long cell must not wait for its end
         return message

@@ -125,6 +125,8 @@ def kernel_cmdline(accelerator: Accelerator, tsc_khz: int, extra: str = "") -> s
         "psi=0",
         "cgroup_disable=memory",
         "apparmor=0",
+        # Debian asks SELinux, TOMOYO and BPF at each system call, too, though none has a policy
+        "lsm=landlock,yama",
         "audit=0",
         # RDRAND seeds the boot; every clone gets fresh entropy from the host when it wakes.
         "random.trust_cpu=on",

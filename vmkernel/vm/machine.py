@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vmkernel.vm.ports import AgentPort, Port
 
 
-_CLOCK_ERROR = 0.02  # seconds by which a guest's clock may be late, at most, when it wakes
+_CLOCK_ERROR = 0.05  # seconds by which a guest's clock may be late, at most, when it wakes
 _CLOCK_TRIES = 3  # on a host that is too busy for that
 
 
