@@ -59,7 +59,7 @@ class Machine:
             mount(target, MS_BIND, source=path)
 
     def wake(self, time_ns: int, entropy: bytes, hostname: str) -> None:
-        """Give this VM its own clock, kernel entropy, name, machine-id(5) and boot_id (random(4))."""
+        """Give this VM its own clock, kernel entropy, name, machine-id(5) and boot_id."""
         set_clock(time_ns)
         header = struct.pack("ii", len(entropy) * 8, len(entropy))
         fcntl.ioctl(self._device, RNDADDENTROPY, header + entropy)
