@@ -214,7 +214,9 @@ class Subject:
         """End the kernel, in whatever state it is; may be called twice."""
         if self._client is not None:
             self._client.stop_channels()
-        with contextlib.suppress(RuntimeError):  # it never came to a process
+        # Of a kernel whose start was interrupted jupyter_client says KeyError, InvalidStateError, …;
+        # what it could not end, the rig's end ends
+        with contextlib.suppress(Exception):
             self._manager.shutdown_kernel(now=True)
 
 
