@@ -214,8 +214,8 @@ class Subject:
         """End the kernel, in whatever state it is; may be called twice."""
         if self._client is not None:
             self._client.stop_channels()
-        # Of a kernel whose start was interrupted jupyter_client says KeyError, InvalidStateError, …;
-        # what it could not end, the rig's end ends
+        # Of a kernel whose start was interrupted jupyter_client says KeyError or the like; what it
+        # could not end, the rig's end ends
         with contextlib.suppress(Exception):
             self._manager.shutdown_kernel(now=True)
 
