@@ -209,7 +209,8 @@ def memory(run: Run) -> None:
             run.results.add("memory_further_private", kernel, further.private)
             run.results.detail("memory_one_footprint", kernel, one.as_json())
             run.results.detail("memory_further_footprint", kernel, further.as_json())
-            run.results.detail("mappings_of_all", kernel, mappings(run.rig.processes()))
+            found = {"kernels": run.many, "mappings": mappings(run.rig.processes())}
+            run.results.detail("memory_map", kernel, found)
             cpu = idle_cpu(run.rig.processes(), IDLE_SECONDS / (2 if run.brief else 1))
             run.results.add("idle_cpu", kernel, cpu / run.many)
             if not run.brief:

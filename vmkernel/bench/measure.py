@@ -84,4 +84,7 @@ def text(results: Results, host: dict[str, Any], *, goals: bool = True) -> str:
     """Machine, table, and what is missing in it."""
     lines = f"{report.machine_lines(host)}\n\n{report.table(results, goals=goals)}\n"
     remarks = report.notes(results)
-    return f"{lines}\n{remarks}\n" if remarks else lines
+    parts = [lines, *([remarks + "\n"] if remarks else [])]
+    if goals and (memory := report.memory_map(results)):
+        parts.append(memory + "\n")
+    return "\n".join(parts)

@@ -34,6 +34,25 @@ def table(results: Results, *, goals: bool = True) -> str:
     )
 
 
+def memory_map(results: Results) -> str:
+    """What the memory of several idle kernels is: shared, or each one's own; "" when not taken."""
+    tables = []
+    for kernel, found in results.details.get("memory_map", {}).items():
+        many = found["kernels"]
+        lines = [
+            f"Memory of {many} idle kernels at once, {kernel}, for each of them, MiB:",
+            "",
+            "| process: kind | resident | of it its own | PSS |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name, sizes in found["mappings"].items():
+            own, pss, resident = (sizes[key] / many for key in ("private", "pss", "rss"))
+            if pss >= 0.2:
+                lines.append(f"| {name} | {resident:.1f} | {own:.1f} | {pss:.1f} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
 def notes(results: Results) -> str:
     """What could not be measured, and why."""
     lines = []
