@@ -132,6 +132,19 @@ FIELDS: dict[str, Field] = {
         "a whole number from 1 to 64",
         "How many of them may boot from cold (build a template) at once.",
     ),
+    "pool_size": Field(
+        count(0, 16),
+        "a whole number from 0 to 16",
+        "How many kernels, wrapper and VM, wait ready for a front end, for each of the settings "
+        "that kernels were started with lately (docs/pool.md). 0: none, and every kernel starts "
+        "from the beginning.",
+    ),
+    "pool_max_idle": Field(
+        duration, _DURATION, "After which time a kernel that waits is replaced by a fresh one."
+    ),
+    "pool_linger": Field(
+        duration, _DURATION, "How long the pool stays after the user's last kernel has ended."
+    ),
     "runtime_dir": Field(
         absolute_path,
         _ABSOLUTE,
@@ -218,6 +231,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     outputs: OutputPolicy = "safe"
     max_concurrent_vms: int = msgspec.field(default_factory=lambda: default_vm_limit())  # noqa: PLW0108 - defined below
     max_concurrent_boots: int = 1
+    pool_size: int = 1
+    pool_max_idle: float = 1800.0
+    pool_linger: float = 180.0
     semaphore_file: Path = _IN_ITS_DIR
     queue_timeout: float | None = None
     start_timeout: float = 60.0

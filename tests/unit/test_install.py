@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 
+import vmkernel
 from vmkernel.cli.install import install_kernelspec, installed_kernelspecs, uninstall_kernelspec
 from vmkernel.errors import SettingsError, VmError
 
 ROOT = Path(__file__).parents[2]
+LAUNCHER = str(Path(vmkernel.__file__).absolute().parent / "pool" / "launcher.py")
 
 
 def _spec(directory: Path) -> dict:
@@ -27,7 +29,7 @@ def test_a_kernelspec_starts_this_python_and_says_only_what_was_given(tmp_path):
     target = install_kernelspec(tmp_path)
     assert target == tmp_path / "vmsandbox"
     assert _spec(target) == {
-        "argv": [sys.executable, "-P", "-m", "vmkernel", "-f", "{connection_file}"],
+        "argv": [sys.executable, "-S", "-P", LAUNCHER, "-f", "{connection_file}"],
         "display_name": "Python (microVM)",
         "language": "python",
         "interrupt_mode": "message",

@@ -39,6 +39,7 @@ COMMANDS: dict[str, _Entry] = {
     "ps": _Entry("vmkernel.cli.ps", "ps", "List the VMs on this host."),
     "top": _Entry("vmkernel.cli.top", "top", "Show what the VMs take, as it changes."),
     "logs": _Entry("vmkernel.cli.logs", "logs", "Show what a VM has said."),
+    "pool": _Entry("vmkernel.cli.pool", "pool", "Kernels that wait ready for a front end."),
     "gc": _Entry("vmkernel.cli.gc", "gc", "Remove leftovers, old logs and unused templates."),
     "doctor": _Entry("vmkernel.cli.doctor", "doctor", "Check all that the kernel needs."),
     "bench": _Entry("vmkernel.cli.bench", "bench", "Measure kernels beside plain ipykernel."),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vmkernel.settings import Settings
 
 DEFAULT_NAME = "vmsandbox"
+_LAUNCHER = ("pool", "launcher.py")
 # As jupyter_client.kernelspec allows them, less capitals, which it would turn to small ones.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 
@@ -33,6 +34,12 @@ def kernel_name(options: Mapping[str, str]) -> str:
 
     recipe = options.get("recipe", "")
     return DEFAULT_NAME if recipe in ("", Settings().recipe) else f"{DEFAULT_NAME}-{recipe}"
+
+
+def _launcher() -> Path:
+    import vmkernel
+
+    return Path(vmkernel.__file__).absolute().parent.joinpath(*_LAUNCHER)
 
 
 def kernel_json(
@@ -47,7 +54,8 @@ def kernel_json(
 
     spec: dict[str, Any] = json.loads((resource_dir("kernelspec") / "kernel.json").read_text())
     # sys.executable as it is: resolving a venv's link would lose the venv.
-    spec["argv"] = [sys.executable if word == "{python}" else word for word in spec["argv"]]
+    places = {"{python}": sys.executable, "{launcher}": str(_launcher())}
+    spec["argv"] = [places.get(word, word) for word in spec["argv"]]
     spec["argv"] += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     if recipe is not None:
         spec["display_name"] = recipe.language.display_name
@@ -135,7 +143,9 @@ def is_ours(kernelspec_dir: Path) -> bool:
     """Whether *kernelspec_dir* starts vmkernel; one that cannot be read is not."""
     try:
         argv = json.loads((kernelspec_dir / "kernel.json").read_bytes())["argv"]
-        return bool(argv[argv.index("-m") + 1] == "vmkernel")
+        if "-m" in argv:  # as it was before there was a launcher
+            return bool(argv[argv.index("-m") + 1] == "vmkernel")
+        return Path(argv[argv.index("-f") - 1]).parts[-3:] == ("vmkernel", *_LAUNCHER)
     except (OSError, ValueError, LookupError, TypeError):
         return False
 

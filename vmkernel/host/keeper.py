@@ -270,6 +270,10 @@ class Keeper(Generic[V]):
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a bug in the warm pool", exc_info=error)
 
+    def poke(self) -> None:
+        """Ask the policy anew: it was told something."""
+        self._poke()
+
     def _poke(self) -> None:
         self._changed.set()
         if self._watch is not None:

@@ -103,6 +103,10 @@ class Pool(Generic[M]):
         self.gone(member)
         return member
 
+    def postpone(self, until: float) -> None:
+        """Start nothing before that moment; one in the past: start as soon as may be."""
+        self._not_before = until
+
     def used(self) -> None:
         """A member that was handed out served a request: the pool is of use."""
         self._pause = QUIET_SECONDS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vmkernel.errors import RegistryError, VmNotFoundError, VmStateError
 from vmkernel.host.registry import Registry, VmRecord
@@ -103,6 +103,15 @@ class Recorder:
                     qemu_pid=record.qemu_pid,
                     qemu_start=record.qemu_start,
                 )
+
+        self.write(change)
+
+    def changed(self, **fields: Any) -> None:
+        """It is another's, or for something else, by now."""
+
+        def change() -> None:
+            with suppress(VmNotFoundError):
+                self._registry.update(self._vm_id, **fields)
 
         self.write(change)
 

@@ -62,6 +62,9 @@ class Label(msgspec.Struct, frozen=True):
     """A VM that is on record already; "" for one that is not."""
     env: dict[str, str] | None = None
     """Added to the guest kernel's environment; None: what a notebook gets of ours."""
+    notebook: str = ""
+    """Where its process does not tell: that of a pool has the environment of its server."""
+    task_id: str = ""
 
 
 class Started(msgspec.Struct):
@@ -249,6 +252,19 @@ class VmStart:
             raise
         return guest
 
+    def assign(self, label: Label) -> None:
+        """Whose VM it is from now on, also on record."""
+        self.label = label
+        told = {
+            "kernel_id": label.kernel_id,
+            "connection_file": label.connection_file,
+            "notebook": label.notebook,
+            "task_id": label.task_id,
+        }
+        if self.record is not None:
+            self.record = msgspec.structs.replace(self.record, **told)
+            self._recorder.changed(**told)
+
     async def close(self, *, keep_logs: bool = False, cause: str = "") -> None:
         """End the VM, whatever state it is in, and say on record that it ended.
 
@@ -412,6 +428,8 @@ def _new_record(settings: Settings, label: Label) -> registry.VmRecord:
         vm_id=vm_id,
         kernel_id=label.kernel_id,
         connection_file=label.connection_file,
+        notebook=label.notebook,
+        task_id=label.task_id,
         recipe=settings.recipe,
         memory=settings.memory,
         vcpus=settings.vcpus,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -74,8 +75,12 @@ def begin(settings: Settings, label: Label) -> Started | None:
         return None
 
 
-def main() -> NoReturn:
-    """Run the kernel; never returns."""
+def main(pool: str = "", listeners: Sequence[int] = ()) -> NoReturn:
+    """Run the kernel; never returns.
+
+    ``pool`` is the socket of the pool that had none ready, ``listeners`` are sockets that listen on
+    the kernel's ports already: both from the launcher (`vmkernel.pool.launcher`).
+    """
     trace.begin(os.environ.get(trace.VARIABLE, ""))
     trace.mark("interpreter up")
     import_without("typing_extensions", "msgspec")  # 17 ms, where it happens to be installed
@@ -109,7 +114,7 @@ def main() -> NoReturn:
     from vmkernel.kernel.serve import serve
 
     trace.mark("everything imported")
-    status = asyncio.run(serve(settings, connection_file, options, begun, failure))
+    status = asyncio.run(serve(settings, connection_file, options, begun, failure, pool, listeners))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # nothing is left to tidy: interpreter shutdown would only take time

@@ -7,6 +7,8 @@ import contextlib
 import logging
 import os
 import signal
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("vmkernel")
 
+LOG_FORMAT = "[vmkernel] %(levelname)s %(message)s"
+
 
 async def serve(
     settings: Settings,
@@ -30,18 +34,19 @@ async def serve(
     options: list[str],
     begun: Started | None,
     failure: VmError | None,
+    pool: str = "",
+    listeners: Sequence[int] = (),
 ) -> int:
     """Serve one kernel; its exit status.
 
     ``options`` are IPython's, as the front end gave them; ``begun`` is a VM that is on its way;
-    ``failure`` an error in the settings, told to every cell.
+    ``failure`` an error in the settings, told to every cell; ``pool`` where to offer to fill one;
+    ``listeners`` sockets that the launcher has bound already.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="[vmkernel] %(levelname)s %(message)s"
-    )
+    logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
     try:
         # Nothing is read before the event loop gets its next turn: by then there is a wrapper.
-        sockets = Sockets(connection_file, lambda request: wrapper.on_request(request))  # noqa: PLW0108
+        sockets = Sockets(connection_file, lambda request: wrapper.on_request(request), listeners)  # noqa: PLW0108
     except VmError as error:
         log.critical("%s", error.explain())
         if begun is not None:
@@ -60,15 +65,29 @@ async def serve(
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     loop.add_signal_handler(signal.SIGINT, wrapper.interrupt)
     loop.add_signal_handler(signal.SIGTERM, wrapper.stop, 0)
-    with _parent_watch(loop, wrapper):
+    if pool and settings.pool_size and failure is None:
+        wrapper.on_quiet = lambda: _offer(settings, pool)
+    with parent_watch(loop, wrapper):
         try:
             return await wrapper.run()
         finally:
             sockets.close()
 
 
+def _offer(settings: Settings, pool: str) -> None:
+    """Have kernels like this one ready from now on: tell the pool's server, or start one."""
+    from vmkernel.pool.client import start_server, want
+
+    path = os.fsencode(pool)
+    try:
+        if not want(path, sys.argv[1:]):
+            start_server(path, sys.argv[1:], settings)
+    except OSError as error:
+        log.info("no kernel is kept ready: %s", error)
+
+
 @contextlib.contextmanager
-def _parent_watch(loop: asyncio.AbstractEventLoop, wrapper: Wrapper):  # type: ignore[no-untyped-def]
+def parent_watch(loop: asyncio.AbstractEventLoop, wrapper: Wrapper):  # type: ignore[no-untyped-def]
     """End the kernel when the front end's process ends, as ipykernel does (JPY_PARENT_PID)."""
     try:
         fd = os.pidfd_open(int(os.environ["JPY_PARENT_PID"]))

@@ -31,6 +31,14 @@ log = logging.getLogger("vmkernel")
 
 DELIMITER = b"<IDS|MSG>"
 CHANNELS = ("shell", "control", "stdin")
+BOUND = {
+    "shell": zmq.ROUTER,
+    "control": zmq.ROUTER,
+    "stdin": zmq.ROUTER,
+    "iopub": zmq.XPUB,
+    "hb": zmq.ROUTER,
+}
+"""What is bound, in the order of the launcher's ports."""
 LARGE = 16 << 10
 """Bytes from which on a part of a message is not copied, and its way followed to its end.  Smaller
 ones are bounded by ZeroMQ's own limit: 1,000 messages for each front end."""
@@ -108,22 +116,23 @@ class Request:
 class Sockets:
     """Binds what the connection file names, and speaks for one kernel session.
 
-    ``on_request(request)`` is called for each message whose signature is right.  Raises VmError
-    when the connection file cannot be read or an address cannot be bound.
+    ``on_request(request)`` is called for each message whose signature is right.  Without a
+    connection file nothing is bound before :meth:`open`, and what is published goes nowhere.
+    Raises VmError when the connection file cannot be read or an address cannot be bound.
     """
 
-    def __init__(self, connection_file: Path, on_request: Callable[[Request], None]) -> None:
+    def __init__(
+        self,
+        connection_file: Path | None,
+        on_request: Callable[[Request], None],
+        listeners: Sequence[int] = (),
+    ) -> None:
         self._on_request = on_request
-        self.info = _read_connection_file(connection_file)
+        self.info: dict[str, Any] = {}
         self.session = os.urandom(16).hex()
         self.rejected = 0
-        self._key = str(self.info.get("key", "")).encode()
-        self._digest = str(self.info.get("signature_scheme", "hmac-sha256")).removeprefix("hmac-")
-        if self._digest not in hashlib.algorithms_available:
-            raise VmError(
-                f"the connection file wants signatures by {self._digest}, which Python lacks",
-                hint="use the default signature scheme, hmac-sha256",
-            )
+        self._key = b""
+        self._digest = "sha256"
         self._count = 0
         self._context = zmq.Context()
         self._context.max_sockets = 16
@@ -136,16 +145,27 @@ class Sockets:
         self._on_the_way = 0
         """Bytes of them"""
         self._retry: asyncio.TimerHandle | None = None
+        self._sockets: dict[str, zmq.Socket[bytes]] = {}
+        if connection_file is not None:
+            self.open(connection_file, listeners)
+
+    def open(self, connection_file: Path, listeners: Sequence[int] = ()) -> None:
+        """Bind what the connection file names.  Raises VmError.
+
+        ``listeners``: descriptors of TCP sockets that listen there already; they are ours then.
+        """
+        known = dict(zip(BOUND, listeners, strict=False))
+        self.info = _read_connection_file(connection_file)
+        self._key = str(self.info.get("key", "")).encode()
+        self._digest = str(self.info.get("signature_scheme", "hmac-sha256")).removeprefix("hmac-")
+        if self._digest not in hashlib.algorithms_available:
+            raise VmError(
+                f"the connection file wants signatures by {self._digest}, which Python lacks",
+                hint="use the default signature scheme, hmac-sha256",
+            )
         try:
             self._sockets = {
-                name: self._bind(name, kind)
-                for name, kind in (
-                    ("shell", zmq.ROUTER),
-                    ("control", zmq.ROUTER),
-                    ("stdin", zmq.ROUTER),
-                    ("iopub", zmq.XPUB),
-                    ("hb", zmq.ROUTER),
-                )
+                name: self._bind(name, kind, known.get(name)) for name, kind in BOUND.items()
             }
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
@@ -158,8 +178,10 @@ class Sockets:
             # The descriptor signals changes only: what came before we listened needs a look.
             self._loop.call_soon(self._readable, name)
 
-    def _bind(self, name: str, kind: int) -> zmq.Socket[bytes]:
+    def _bind(self, name: str, kind: int, listener: int | None) -> zmq.Socket[bytes]:
         sock: zmq.Socket[bytes] = self._context.socket(kind)
+        if listener is not None:
+            sock.setsockopt(zmq.USE_FD, listener)
         sock.linger = 1000
         sock.copy_threshold = LARGE
         if kind == zmq.ROUTER:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmkernel.errors import VmError, VmExpiredError, VmGuestError
-from vmkernel.host.start import Label, Started, VmStart
+from vmkernel.host.start import Label, Started, VmStart, environment
 from vmkernel.vm.oddities import Oddities
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class GuestSupply:
         self._settings = settings
         self._label = label
         self._begun = begun
-        self._owner = owner
+        self.owner = owner
+        """Who hears of the guest"""
+        self._waiting = False
         self._final = final
         self._start: VmStart | None = None
         self._starting: asyncio.Task[Guest] | None = None
@@ -87,6 +89,8 @@ class GuestSupply:
 
     def start_early(self) -> None:
         """Begin a start before anyone asks; its failure is told to the first who does, if soon."""
+        if self.current is not None or self._starting is not None:
+            return
         self._starting = asyncio.create_task(self._bring_up())
         self._starting.add_done_callback(_seen)
 
@@ -128,6 +132,21 @@ class GuestSupply:
             self._show = None
             if starting.done() and self._starting is starting:
                 self._starting = None
+
+    def wait_for_a_kernel(self) -> None:
+        """The guest is to be nobody's for the time being: no limit on its time runs."""
+        self._waiting = True
+
+    def assign(self, label: Label) -> None:
+        """The guest that waited is this kernel's now; it runs nothing before it knows that."""
+        self._waiting = False
+        self._label = label
+        guest, self.current = self.current, None
+        if self._start is not None and guest is not None:
+            self._start.assign(label)
+            self._replacing = True  # an interrupt is not meant for this
+            self._starting = asyncio.create_task(self._adopt(guest))
+            self._starting.add_done_callback(_seen)
 
     def _is_old_news(self) -> bool:
         """Whether a start failed before anyone asked, longer ago than it would take to try again.
@@ -275,8 +294,8 @@ class GuestSupply:
         self._text = ""
         try:
             guest = await start.guest(
-                on_output=self._owner.on_output,
-                on_kernel_death=self._owner.on_kernel_death,
+                on_output=self._on_output if self._waiting else self.owner.on_output,
+                on_kernel_death=self._on_kernel_death,
                 on_end=lambda error: self._on_end(start, error),
                 progress=self._progress,
             )
@@ -295,6 +314,30 @@ class GuestSupply:
         self._ended.clear()
         self._clock = time.time() - time.monotonic()
         self._text = ""
+        return guest
+
+    async def _adopt(self, guest: Guest) -> Guest:
+        """Give a guest that waited its kernel's environment, fresh entropy and the right time."""
+        from vmkernel.protocol import messages
+
+        timeout = self._settings.start_timeout
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(guest.set_environment(environment(self._label), timeout))
+                group.create_task(guest.vm.agent.call(messages.SetClock(time.time_ns()), timeout))
+        except* VmError as errors:
+            # Nothing of the user's was in it
+            log.warning("a VM of the pool is replaced: %s", errors.exceptions[0])
+            start, self._start = self._start, None
+            if start is not None:
+                await start.close(keep_logs=True, cause=str(errors.exceptions[0]))
+        finally:
+            self._replacing = False
+        if self._start is None:
+            return await self._bring_up()
+        self._clock = time.time() - time.monotonic()
+        self.current = guest
+        self._set_limits()
         return guest
 
     async def _replace_kernel(self, guest: Guest) -> Guest:
@@ -334,6 +377,8 @@ class GuestSupply:
         settings, start = self._settings, self._start
         if (settings.lifetime, settings.idle_timeout) == (None, None) or start is None:
             return
+        if self._waiting:  # they count from the hand-over
+            return
         from vmkernel.host.limits import TimeLimits
 
         def over(error: VmExpiredError) -> None:
@@ -345,6 +390,12 @@ class GuestSupply:
         limits, self._limits = self._limits, None
         if limits is not None:
             limits.close()
+
+    def _on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> bool:
+        return self.owner.on_output(message, buffers)  # another one, once it is a kernel's
+
+    def _on_kernel_death(self, death: KernelDeath) -> None:
+        self.owner.on_kernel_death(death)
 
     def _on_end(self, start: VmStart, error: VmError) -> None:
         if self._start is not start:
@@ -359,7 +410,7 @@ class GuestSupply:
         task = asyncio.create_task(start.close(keep_logs=failed, cause=str(error)))
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
-        self._owner.on_vm_end(error)
+        self.owner.on_vm_end(error)
 
 
 def _seen(task: asyncio.Task[Guest]) -> None:

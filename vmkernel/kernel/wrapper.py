@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -46,6 +46,8 @@ DEAF = 10.0
 """Seconds after which a cell that was interrupted and still runs is said to ignore it."""
 PATIENCE = 1.0
 """Seconds that a request which the host can answer waits for a guest that does not react."""
+QUIET_AFTER = 2.0
+"""Seconds after which a kernel may do what is of no use to itself."""
 PREPARE_AFTER = 0.02
 """Seconds after which the front end's first questions are mostly answered."""
 MOST_NEWS = 8
@@ -104,6 +106,12 @@ class Wrapper:
         """Guest kernels that died since a cell was sent"""
         self._questions_open = 0
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.on_restart: Callable[[], object] | None = None
+        """Called when the front end is about to start this kernel anew"""
+        self.on_quiet: Callable[[], object] | None = None
+        """Called once, when the kernel has served and has nothing to do"""
+        self.on_idle_death: Callable[[VmError], object] | None = None
+        """Hears of the end of VM or guest kernel in the wrapper's place"""
 
     # --- life ---
 
@@ -112,14 +120,32 @@ class Wrapper:
         self.sockets.status("starting")
         self.supply.start_early()
         # The guest takes longer to come than this does, on a processor of its own
-        asyncio.get_running_loop().call_later(PREPARE_AFTER, self._outputs.prepare)
+        loop = asyncio.get_running_loop()
+        loop.call_later(PREPARE_AFTER, self.prepare)
+        loop.call_later(QUIET_AFTER, self._look_for_quiet)
         try:
             return await self._exit
         finally:
-            for lane in (self._main, *self._subshells.values()):
-                lane.close()
-            await asyncio.gather(self.supply.close(), self.history.close())
-            self.supply.oddities.log_total()
+            await self.close()
+
+    async def close(self) -> None:
+        """Release everything; also of one that never ran."""
+        for lane in (self._main, *self._subshells.values()):
+            lane.close()
+        await asyncio.gather(self.supply.close(), self.history.close())
+        self.supply.oddities.log_total()
+
+    def prepare(self) -> None:
+        """Import what outputs need, before the first one comes."""
+        self._outputs.prepare()
+
+    def _look_for_quiet(self) -> None:
+        if self.on_quiet is None:
+            return
+        if self.supply.current is None or self._main.open is not None:
+            asyncio.get_running_loop().call_later(QUIET_AFTER, self._look_for_quiet)
+        else:
+            self.on_quiet()
 
     def stop(self, status: int = 0) -> None:
         """End the kernel with this exit status."""
@@ -274,6 +300,8 @@ class Wrapper:
             self.reply(request, {"status": "ok"})
         elif msg_type == "shutdown_request":
             content = {"status": "ok", "restart": bool(request.content.get("restart"))}
+            if content["restart"] and self.on_restart is not None:
+                self.on_restart()
             self.reply(request, content)
             self.sockets.publish("shutdown_reply", content, request.raw[0])
         elif msg_type == "usage_request":
@@ -576,6 +604,9 @@ class Wrapper:
 
     def on_kernel_death(self, death: KernelDeath) -> None:
         """The guest kernel ended; the VM and its files are still there."""
+        if self.on_idle_death is not None:
+            self.on_idle_death(VmGuestError(death.reason, hint=death.hint))
+            return
         running = self._main.open
         if self._main.exchange is not None and self._main.exchange.warned:
             death.reason = "The guest kernel was ended, as the cell ignored the first interrupt"
@@ -604,6 +635,9 @@ class Wrapper:
 
     def on_vm_end(self, error: VmError) -> None:
         """The VM ended by itself, or its time was over."""
+        if self.on_idle_death is not None:
+            self.on_idle_death(error)
+            return
         expired = isinstance(error, VmExpiredError)
         lost = "The VM died and its state is lost: variables and files."
         running = self._main.open

@@ -1,0 +1,91 @@
+"""Talking to the pool's server, and starting one: for kernels and commands.  Light imports."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vmkernel.pool import launcher
+
+if TYPE_CHECKING:
+    from vmkernel.settings import Settings
+
+LOG_CAP = 1 << 20
+"""Bytes of the server's log, beyond which the next server begins it anew."""
+
+
+def want(path: bytes, arguments: list[str]) -> bool:
+    """Ask for a member for kernels like this one, soon; whether there is a server to ask."""
+    try:
+        sock = launcher.connect(path)
+    except (OSError, ValueError):
+        return False
+    with contextlib.closing(sock):
+        request = launcher.pack(arguments, dict(os.environb))
+        try:
+            launcher.send(sock, launcher.WANTED, [request])
+        except OSError:
+            return False
+        finally:
+            os.close(request)
+    return True
+
+
+def ask(path: bytes, kind: bytes) -> dict[str, Any] | None:
+    """What the server says to ``STATUS`` or ``STOP``; None when there is none that answers."""
+    import json
+
+    try:
+        sock = launcher.connect(path)
+    except (OSError, ValueError):
+        return None
+    with contextlib.closing(sock):
+        try:
+            launcher.send(sock, kind, [])
+            data = b""
+            while part := sock.recv(65536):
+                data += part
+            answer: dict[str, Any] = json.loads(data)
+        except (OSError, ValueError):
+            return None
+    return answer
+
+
+def start_server(path: bytes, arguments: list[str], settings: Settings) -> None:
+    """Start a server that fills the pool for kernels like this one.  Raises OSError.
+
+    If there is one already, the new one finds that out and ends.
+    """
+    log_path = settings.state_dir / "pool.log"
+    log_path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    with contextlib.suppress(OSError):
+        if log_path.stat().st_size > LOG_CAP:
+            flags |= os.O_TRUNC
+    request = launcher.pack(arguments, dict(os.environb))
+    try:
+        pid = os.posix_spawn(
+            "/bin/sh",
+            # Not our child: nobody here would wait for it
+            ["sh", "-c", '"$@" &', "sh", sys.executable, "-P", "-m", "vmkernel.pool.server",
+             os.fsdecode(path)],
+            # One arena for all threads: glibc would give each its own, in each member
+            {**os.environ, "MALLOC_ARENA_MAX": "1"},
+            setsid=True,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, request, 3),  # a shell gives its background no stdin
+                (os.POSIX_SPAWN_OPEN, 1, str(log_path), flags, 0o600),
+                (os.POSIX_SPAWN_DUP2, 1, 2),
+            ],
+        )  # fmt: skip
+    finally:
+        os.close(request)
+    os.waitpid(pid, 0)  # the shell, which ends at once
+
+
+def sockets_of(settings: Settings) -> list[Path]:
+    """The sockets of all pools of this user's ``runtime_dir``, also of those that have died."""
+    return sorted(path for path in settings.runtime_dir.glob("pool-*") if path.is_socket())
