@@ -85,7 +85,7 @@ def test_the_namespace_has_nothing_that_a_plain_one_has_not(
         {name for name in shown(one, code) if not re.fullmatch(r"_i?\d+", name)}  # a cell's: _i3
         for one in (kernel, plain)
     )
-    assert ours - theirs <= {"_exit_code"}
+    assert ours - theirs == set()
 
 
 def test_who_says_that_the_namespace_is_empty(kernel: Kernel) -> None:

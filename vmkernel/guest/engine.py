@@ -196,6 +196,7 @@ class Engine:
             preloaded = (code for name, code in WARM_UP_WITH.items() if name in sys.modules)
             for code in (*WARM_UP, *preloaded):
                 await self._run_untraced(code)
+            self.kernel.shell.user_ns.pop("_exit_code", None)  # what `!true` leaves
             self.kernel.do_complete("import os; os.pa", 16)
             self.kernel.do_inspect("print", 5)
             self.kernel.do_is_complete("for i in x:")
