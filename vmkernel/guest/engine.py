@@ -44,7 +44,8 @@ from vmkernel.guest.lean import Shortcuts
 from vmkernel.guest.magics import VmMagics
 from vmkernel.guest.port import Interrupts, Port
 from vmkernel.guest.session import PortSession, encode_body
-from vmkernel.guest.streams import OutputPump, PortStream
+from vmkernel.guest.streams import OutputPump, PortStream, stream_message
+from vmkernel.guest.tee import Tee
 from vmkernel.guest.tracebacks import Tracebacks
 from vmkernel.guest.wake import Generators, reseed_process
 from vmkernel.protocol import frames, messages
@@ -139,14 +140,13 @@ class Engine:
         shell.configurables.append(self.kernel)
         self._shortcuts = Shortcuts(shell)
         self._tracebacks = Tracebacks(shell)
+        Tee(shell)
         # The kernel's own names must not show up in %who
         shell.user_ns_hidden.update(shell.user_ns)
 
     @staticmethod
     def _publish_stream(session: PortSession, name: str, text: str, parent: dict[str, Any]) -> None:
-        message = {"parent_header": parent, "metadata": {}, "header": {"msg_type": "stream"}}
-        message["content"] = {"name": name, "text": text}
-        session.send("iopub", message)
+        session.send("iopub", stream_message(name, text, parent))
 
     def resync(self, marker: bytes) -> None:
         """Take the place of a dead guest kernel: both ports begin anew at ``marker``."""

@@ -179,17 +179,20 @@ class Guest:
     def _on_message(self, body: memoryview, buffers: list[memoryview]) -> None:
         try:
             message = messages.decode_from_guest(body)
+            size = len(body) + sum(map(len, buffers))
+            if message.msg_type == "stream" and messages.take_text(message.content, buffers):
+                buffers = []
         except TooMuchError as error:
             self._on_too_much(body, error)
         except ProtocolError as error:
             # The frames are right: what comes next can be read
-            self._drop("malformed messages", error, len(body))
+            self._drop("malformed messages", error, len(body) + sum(map(len, buffers)))
         else:
             if message.msg_type == "wake_reply":
                 self._on_wake_reply(message)
             elif self._heard:
                 if self._on_output(message, buffers):
-                    self.charge(pace.price(len(body) + sum(map(len, buffers))))
+                    self.charge(pace.price(size))
             else:  # before the wake-up a guest has nothing to say: fail closed
                 self._drop("messages before the wake-up", message.msg_type, len(body))
 

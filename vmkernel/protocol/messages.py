@@ -16,6 +16,7 @@ missing or an unknown field is a ProtocolError, never a surprise further in.
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -54,6 +55,8 @@ class FromGuest(msgspec.Struct, array_like=True, forbid_unknown_fields=True, fro
     vmkernel itself: ``awaiting`` when a cell waits in the event loop, so that comm messages can
     be served meanwhile; ``vm_request`` with a question (content: ``id``, ``command``,
     ``arguments``), answered by a ``vm_reply``.
+
+    A ``stream`` may have its text, in UTF-8, as its one buffer: see :func:`take_text`.
     """
 
     channel: Channel
@@ -316,6 +319,26 @@ def decode_from_guest(body: frames.Piece) -> FromGuest:
         return decode(body, FromGuest)
     finally:
         gc.enable()
+
+
+MAX_TEXT = 8 << 20
+"""Largest buffer that is a stream's text, bytes: more than a guest kernel sends at once."""
+
+
+def take_text(content: dict[str, Any], buffers: Sequence[frames.Piece]) -> bool:
+    """Put a stream's text into its content, where it came as a buffer; whether it did.
+
+    Raises ProtocolError.
+    """
+    if not buffers or "text" in content:
+        return False
+    if len(buffers) != 1 or len(buffers[0]) > MAX_TEXT:
+        raise ProtocolError(f"a stream of {len(buffers)} texts, {len(buffers[0])} bytes")
+    try:
+        content["text"] = str(buffers[0], "utf-8")
+    except UnicodeDecodeError as error:
+        raise ProtocolError(f"a stream whose text is none: {error}") from error
+    return True
 
 
 class Head(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True):
