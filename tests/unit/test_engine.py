@@ -73,8 +73,11 @@ class Engine:
     def receive(self) -> messages.FromGuest:
         while not self.waiting:
             for message in self.reader.feed(self.sock.recv(1 << 18)):
-                body, _ = frames.split(message)
-                self.waiting.append(messages.decode(body, messages.FromGuest))
+                body, buffers = frames.split(message)
+                answer = messages.decode(body, messages.FromGuest)
+                if answer.msg_type == "stream":
+                    messages.take_text(answer.content, buffers)
+                self.waiting.append(answer)
         return self.waiting.pop(0)
 
     def until_idle(self, msg_id: str) -> list[messages.FromGuest]:

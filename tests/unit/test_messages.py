@@ -93,3 +93,23 @@ def test_any_bytes_are_an_answer_or_a_protocol_error(body: bytes) -> None:
     for kind in (messages.FromGuest, messages.FromAgent):
         with contextlib.suppress(ProtocolError):
             messages.decode(body, kind)  # type: ignore[arg-type]
+
+
+def test_a_streams_text_may_come_as_its_buffer() -> None:
+    content = {"name": "stdout"}
+    assert messages.take_text(content, [memoryview("é\n".encode())])
+    assert content == {"name": "stdout", "text": "é\n"}
+    content = {"name": "stdout", "text": "x"}
+    assert not messages.take_text(content, [memoryview(b"y")])
+    assert not messages.take_text({"name": "stdout"}, [])
+    assert content["text"] == "x"
+
+
+@pytest.mark.parametrize(
+    "buffers",
+    [[b"\xff"], ["é".encode()[:1]], [b"a", b"b"], [bytes(messages.MAX_TEXT + 1)]],
+    ids=["no UTF-8", "half a character", "two", "too long"],
+)
+def test_a_streams_text_that_is_none_is_a_protocol_error(buffers: list[bytes]) -> None:
+    with pytest.raises(ProtocolError):
+        messages.take_text({"name": "stdout"}, buffers)

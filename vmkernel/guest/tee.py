@@ -2,8 +2,8 @@
 
 Where it stands: on the shell that ``guest.engine`` has built.  IPython puts a function of its own
 in the place of ``sys.stdout.write`` while a cell runs, which looks at seven attributes for each of
-a print's two writes: under emulation, 20 us a print, twice what the print itself takes.  The streams
-know what was written; they tell it here when they publish it.
+a print's two writes: under emulation, 20 us a print, twice what the print itself takes.  The
+streams know what was written; they tell it here when they publish it.
 """
 
 from __future__ import annotations
