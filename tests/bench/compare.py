@@ -132,6 +132,8 @@ def main() -> int:
     content["machine"]["load_at_end"] = machine.load()
     path = options.output / f"{what}-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
     report.write_json(path, content)
+    if imports := waterfall.imports_text(content.get("waterfall", {})):
+        words.append(f"{page.IMPORTS}\n\n{imports}")
     whole = "\n".join(words)
     path.with_suffix(".md").write_text(whole)
     print(whole)

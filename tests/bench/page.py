@@ -8,6 +8,8 @@ from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "performance.md"
+IMPORTS = "## Imports"
+"""From here on the report is too much for the page."""
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
@@ -16,7 +18,7 @@ def update(measured: Path, plots: Iterable[Path]) -> None:
     for plot in plots:
         name = plot.stem.removeprefix(f"{measured.stem}-")
         shutil.copyfile(plot, DOCS / f"performance-{name}.png")
-    table = measured.with_suffix(".md").read_text().strip()
+    table = measured.with_suffix(".md").read_text().partition(IMPORTS)[0].strip()
     page = PAGE.read_text()
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.partition(END)

@@ -74,12 +74,15 @@ def _start_up(content: dict[str, Any]) -> Any:
         before = 0.0
         for row, (step, moment) in enumerate(steps):
             axes.barh(row, moment - before, left=before, color=colour, height=0.7)
-            inside = moment > 0.62 * longest
-            axes.text(
-                before - 3 if inside else moment + 3, row,
-                f"{step}  {moment:.0f} ms (+{moment - before:.0f})",
-                va="center", ha="right" if inside else "left", fontsize=8,
-            )  # fmt: skip
+            words = f"{step}  {moment:.0f} ms (+{moment - before:.0f})"
+            if moment < 0.62 * longest:
+                axes.text(moment + 0.006 * longest, row, words, va="center", fontsize=8)
+            elif before > 0.35 * longest:
+                at = before - 0.006 * longest
+                axes.text(at, row, words, va="center", ha="right", fontsize=8)
+            else:
+                at = before + 0.01 * longest
+                axes.text(at, row, words, va="center", fontsize=8, color="white")
             before = moment
         axes.set_ylim(len(steps) - 0.4, -0.6)
         axes.set_yticks([])

@@ -196,7 +196,7 @@ def test_the_plots_are_drawn_and_put_into_the_page(tmp_path, monkeypatch):
         "scale": many(),
     }
     path.write_text(json.dumps(content))
-    path.with_suffix(".md").write_text("| a table |\n")
+    path.with_suffix(".md").write_text("| a table |\n\n## Imports\n\nmany\n")
     made = plots.draw(path)
     assert [plot.name for plot in made] == [
         f"goals-1-{name}.png" for name in ("start-up", "scale", "ratios")

@@ -31,6 +31,7 @@ def warm(
         except Exception as error:  # whatever it is: said, and the others are measured
             results.fail(("start_first",), kernel, f"it does not start: {error}")
             continue
+        subject.ask_info()  # it may not have known its VM at first
         info = subject.info
         lines = str(info.get("banner", "")).splitlines()
         lines = [line for line in lines if line.strip() and not line.startswith("Tip:")]

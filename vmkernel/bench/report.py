@@ -66,10 +66,11 @@ def notes(results: Results) -> str:
 
 
 def machine_lines(machine: dict[str, Any]) -> str:
-    """The machine in a few lines."""
+    """The machine in a few lines: a list, in Markdown."""
     packages = ", ".join(f"{name} {found}" for name, found in machine["packages"].items())
     return "\n".join(
-        (
+        f"* {line}"
+        for line in (
             short_machine(machine),
             f"Python {machine['python']}; {machine['qemu']}; {packages}",
             f"load at begin {machine['load_at_begin']}, at end {machine['load_at_end']}; "

@@ -91,6 +91,10 @@ class Subject:
         self.expect("1+1", limit)
         self.first_after = clock() - begun
 
+    def ask_info(self) -> None:
+        """Let ``info`` be what the kernel says of itself by now."""
+        self.info = self._answer(self._client.kernel_info(), REPLY_LIMIT)["content"]
+
     # --- messages ---
 
     def _answer(self, msg_id: str, limit: float) -> Message:
