@@ -17,6 +17,7 @@ import functools
 import gc
 import inspect
 import logging
+import mmap
 import os
 import pdb  # noqa: T100 - IPython's takes its place
 import site
@@ -25,7 +26,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -39,6 +40,7 @@ from traitlets.config import Config
 from vmkernel.guest import script  # noqa: F401 - for whoever sends one: a template has it loaded
 from vmkernel.guest.control import ControlLane, Subshell
 from vmkernel.guest.debug import ShellCaller, connect_debugger
+from vmkernel.guest.express import find_express
 from vmkernel.guest.kernel import PortKernel, as_message, idents
 from vmkernel.guest.lean import Shortcuts
 from vmkernel.guest.magics import VmMagics
@@ -69,8 +71,28 @@ WARM_UP_WITH = {
 
 UTC = ("", "UTC", "Etc/UTC")
 UTC_NAMES = ("UTC", "UTC")
+PAGES = 64
+GROWTHS = 6
+"""After so many first requests QEMU is made to let its table of translated addresses grow."""
 IDLE = 0.03
 """Seconds after its wake-up in which a clone runs a first cell of its own, if it has no other."""
+
+
+class Translations:
+    """QEMU's table of a guest's translated addresses, in emulation.
+
+    It has 256 entries in a fresh clone, and doubles only when it is emptied while nearly full
+    (accel/tcg/cputlb.c, tlb_mmu_resize_locked), which a guest that runs one process hardly ever
+    asks for.  A cell with the small table takes an eighth longer.
+    """
+
+    def __init__(self) -> None:
+        self._pages = mmap.mmap(-1, PAGES * mmap.PAGESIZE, mmap.MAP_PRIVATE)
+
+    def grow(self) -> None:
+        """Give back more pages than Linux forgets one by one (tlb_single_page_flush_ceiling)."""
+        self._pages[0] = self._pages[(PAGES - 1) * mmap.PAGESIZE] = 1
+        self._pages.madvise(mmap.MADV_DONTNEED)
 
 
 class Engine:
@@ -87,6 +109,8 @@ class Engine:
         self._generators: Generators | None = None
         """In a template, and until its clone is awake"""
         self._served = False
+        self._translations = Translations()
+        self._growths = GROWTHS if is_emulated() else 0
         self._reading = threading.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
@@ -140,7 +164,11 @@ class Engine:
         shell.configurables.append(self.kernel)
         self._shortcuts = Shortcuts(shell)
         self._tracebacks = Tracebacks(shell)
-        Tee(shell)
+        express = find_express(self.kernel)
+        tee = Tee(shell)
+        if express is not None:
+            express.watch(tee)
+            self.kernel.express = express
         # The kernel's own names must not show up in %who
         shell.user_ns_hidden.update(shell.user_ns)
 
@@ -255,9 +283,16 @@ class Engine:
         while self._requests:
             request, buffers = self._requests.pop(0)
             # One context for all: what a cell puts into a ContextVar, the next one finds there
-            task = self._loop.create_task(self._serve(request, buffers), context=self._context)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            task = self._begin(self._serve(request, buffers), context=self._context)
+            if not task.done():
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    def _begin(self, steps: Coroutine[Any, Any, None], **options: Any) -> asyncio.Task[None]:
+        """A task that runs at once, where Python can do that: until it waits for something."""
+        if sys.version_info >= (3, 12):
+            return asyncio.Task(steps, loop=self._loop, eager_start=True, **options)
+        return self._loop.create_task(steps, **options)
 
     def _receive(self) -> None:
         with self._reading:
@@ -333,6 +368,9 @@ class Engine:
             self.pump.publish()  # not sys.stdout, which may be the user's, or None
             kernel.session.send("iopub", "status", {"execution_state": "idle"}, message)
             self.port.flush()
+            if self._growths and self._awake:  # nobody waits for this
+                self._growths -= 1
+                self._translations.grow()
 
     def _call_host(self, command: str, arguments: list[str]) -> dict[str, Any]:
         """Ask vmkernel on the host; the content of its reply.  An interrupt ends the wait."""
@@ -391,6 +429,8 @@ class Engine:
         async with self._lock:
             if not self._served:
                 await self._run_untraced("1+1")
+                for _ in range(self._growths):
+                    self._translations.grow()
 
 
 def _as_received(msg_type: str, header: msgspec.Raw, content: bytes) -> messages.ToGuest:

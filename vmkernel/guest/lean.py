@@ -17,17 +17,26 @@ a cell does; each shortcut is taken only where its result is known to be the sam
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from typing import Any
 
 import ipykernel.ipkernel
-from IPython.core.formatters import DisplayFormatter
+from IPython.core.autocall import IPyAutocall
+from IPython.core.formatters import DisplayFormatter, PlainTextFormatter
 from IPython.core.inputtransformer2 import TransformerManager
+from IPython.core.macro import Macro
+from IPython.lib import pretty
 
 # What IPython.core.inputtransformer2 reacts to: % ! ? anywhere (magics, system commands, help,
 # with or without assignment), and , ; / where a line begins (its three ways of quoting a call).
 _SPECIAL = re.compile(r"[%!?]|^\s*[,;/]", re.MULTILINE)
 # Types without any _repr_…_ method; object, in which they end, has none either.
 _SCALARS = frozenset((bool, bytes, complex, float, int, str))
+
+
+# One line of plain characters that nothing in there reacts to, nor to its beginning
+_PLAIN = re.compile(r"(?!.*In \[)(?![\s,;/>.])[ -~]+\n?")
+_NAME = re.compile(r"[\w.*]*")  # what IPython.core.splitinput takes for a function's name
 
 
 class Shortcuts:
@@ -40,10 +49,12 @@ class Shortcuts:
         shell.transform_cell = self._transform_cell
         shell.should_run_async = self._should_run_async
         manager = shell.input_transformer_manager
+        self._manager: Any = None
         if type(manager) is TransformerManager:
             self._manager = manager
             self._usual_transformers = list(manager.token_transformers)
             manager.do_token_transforms = self._do_token_transforms
+            self._usual_steps = _steps(shell)
         hook_class = type(shell.displayhook)
         shell.displayhook.semicolon_at_end_of_expression = lambda cell: (
             ";" in cell and hook_class.semicolon_at_end_of_expression(cell)
@@ -63,9 +74,34 @@ class Shortcuts:
         known, self._known = self._known, None
         if known is not None and known[0] == raw_cell:
             return known[1]
-        cell: str = self._shell_class.transform_cell(self._shell, raw_cell)
+        cell = self._as_it_is(raw_cell)
+        if cell is None:
+            cell = self._shell_class.transform_cell(self._shell, raw_cell)
         self._known = (raw_cell, cell)
         return cell
+
+    def _as_it_is(self, raw_cell: str) -> str | None:
+        """One line that IPython does not change; None: it may.
+
+        The first word of a single line is looked up: magics need no %, macros are put in.
+        """
+        if self._manager is None or _SPECIAL.search(raw_cell) or not _PLAIN.fullmatch(raw_cell):
+            return None
+        shell = self._shell
+        name = _NAME.match(raw_cell).group()  # type: ignore[union-attr]  # always matches
+        magics = shell.magics_manager.magics
+        if (
+            (name in shell.user_ns and isinstance(shell.user_ns[name], (Macro, IPyAutocall)))
+            or name in magics["line"]
+            or name in magics["cell"]
+            or raw_cell.rstrip("\n").endswith("# PYTHON-MODE")  # Emacs
+            or shell.autocall
+            or _steps(shell) != self._usual_steps
+        ):
+            return None
+        line = raw_cell.removesuffix("\n")
+        shell.prefilter_manager.shell._last_input_line = line
+        return line + "\n"
 
     def _should_run_async(
         self, raw_cell: str, *, transformed_cell: Any = None, preprocessing_exc_tuple: Any = None
@@ -95,7 +131,7 @@ class Shortcuts:
     def _format(self, obj: Any, include: Any = None, exclude: Any = None) -> Any:
         display = self._display
         if type(obj) in _SCALARS and not include and not exclude and self._is_plain(obj):
-            text = display.formatters["text/plain"](obj)
+            text = _plain_text(display.formatters["text/plain"], obj)
             if text is None:  # an int too long to write: the formatter has told so
                 return {}, {}
             if isinstance(text, str):
@@ -108,15 +144,47 @@ class Shortcuts:
         for formatter in _formatters(self._display):
             if type(formatter) not in self._usual_formatters:
                 return False
-            if formatter.format_type == "text/plain":
+            if type(formatter) is PlainTextFormatter:
                 continue
-            by_type, by_name = formatter.type_printers, formatter.deferred_printers
+            values = formatter._trait_values  # without a call for each; what was asked for is there
+            try:
+                by_type, by_name = values["type_printers"], values["deferred_printers"]
+                singletons = values["singleton_printers"]
+            except KeyError:
+                return False
             for kind in kinds:
-                if kind in by_type or (kind.__module__, kind.__name__) in by_name:
+                if kind in by_type or (by_name and (kind.__module__, kind.__name__) in by_name):
                     return False
-            if id(obj) in formatter.singleton_printers:
+            if id(obj) in singletons:
                 return False
         return True
+
+
+def _plain_text(formatter: Any, obj: Any) -> Any:
+    if type(formatter) is PlainTextFormatter and formatter.pprint:
+        printers = formatter.type_printers
+        if printers.get(type(obj)) is pretty._repr_pprint and id(obj) not in (
+            formatter.singleton_printers
+        ):
+            with suppress(ValueError):  # of an int too long to write, which the formatter tells
+                return repr(obj)  # in one line, as the repr of such a value is
+    return formatter(obj)
+
+
+def _steps(shell: Any) -> list[Any]:
+    """All that a cell of one line goes through."""
+    manager, prefilter = shell.input_transformer_manager, shell.prefilter_manager
+    return [
+        manager,
+        *manager.cleanup_transforms,
+        *manager.line_transforms,
+        *manager.token_transformers,
+        *shell.input_transformers_post,
+        prefilter,
+        *prefilter._transformers,
+        *prefilter._checkers,
+        prefilter._handlers.get("normal"),
+    ]
 
 
 def _formatters(display: DisplayFormatter) -> tuple[Any, ...]:

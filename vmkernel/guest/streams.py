@@ -295,6 +295,10 @@ class PortStream(OutStream):
         self._sheets.append(sheet)
         return sheet, put
 
+    def holds(self) -> bool:
+        """Whether there is text that was not published."""
+        return any(sheet.texts for sheet in self._sheets)
+
     def flush(self) -> None:
         """What was written, by way of the descriptor too, will come before all that follows."""
         if os.getpid() != self._master_pid:
@@ -302,7 +306,7 @@ class PortStream(OutStream):
             return
         self._pump.drain()
         with self._lock:
-            if not any(sheet.texts for sheet in self._sheets):
+            if not self.holds():
                 return
             if self._pump.flushed is not self:
                 self._pump.settle()

@@ -47,13 +47,14 @@ class Tee:
             with self._usual(channel=channel):
                 yield
             return
-        before = stream.keep(functools.partial(self._keep, channel, self._shell.execution_count))
+        before = stream.keep(functools.partial(self.keep, channel, self._shell.execution_count))
         try:
             yield
         finally:
             stream.keep(before)
 
-    def _keep(self, channel: str, execution_count: int, texts: list[str]) -> None:
+    def keep(self, channel: str, execution_count: int, texts: list[str]) -> None:
+        """Note what a cell wrote."""
         texts = [text for text in texts if text]
         if not texts:
             return
