@@ -73,7 +73,7 @@ HOOKED = [
     "ip.displayhook.register_hook(lambda m: None)", "5", "ip.displayhook._hooks.clear()", "5",
     "ip.cache_size = 3", "1", "2", "3", "4",
     "%autocall 1", "str 5", "%autocall 0",
-    "%macro -q again 1", "again",
+    "%macro -q again 5", "again",
 ]  # fmt: skip
 
 
