@@ -6,7 +6,9 @@ the chosen options written into its command line. Floor 5.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import py_compile
 import re
 import shutil
 import sys
@@ -122,6 +124,9 @@ def install_kernelspec(
         kernels_dir.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir()
+        with contextlib.suppress(OSError, py_compile.PyCompileError):
+            # Which would be compiled at each start, where nobody may write beside the sources
+            py_compile.compile(str(_launcher().with_name("handover.py")), doraise=True)
         for logo in resource_dir("kernelspec").glob("logo-*"):
             shutil.copyfile(logo, fresh / logo.name)
         content = kernel_json(display_name, options, recipe)

@@ -62,7 +62,7 @@ def status(as_json: bool) -> None:
 def fill(name: str, no_wait: bool) -> None:
     """Have kernels ready, as they are after a kernel has been started."""
     from vmkernel.kernel.launch import parse_arguments
-    from vmkernel.pool import client, launcher
+    from vmkernel.pool import client, handover
     from vmkernel.settings import ensure_private_dir, load_settings
 
     argv = _argv(name)
@@ -71,7 +71,7 @@ def fill(name: str, no_wait: bool) -> None:
     settings = load_settings(overrides)
     if settings.pool_size == 0:
         raise VmError("the pool is off", hint="set pool_size to 1 or more (VMKERNEL_POOL_SIZE)")
-    path = launcher.place(dict(os.environb), argv[0], argv[argv.index("-f") - 1])
+    path = handover.place(dict(os.environb), argv[0], argv[argv.index("-f") - 1])
     if not path:
         raise VmError(
             "there can be no pool, as its socket's path would be too long",
@@ -83,7 +83,7 @@ def fill(name: str, no_wait: bool) -> None:
     end = time.monotonic() + settings.start_timeout
     while not no_wait:
         time.sleep(LOOK_SECONDS)
-        server = client.ask(path, launcher.STATUS)
+        server = client.ask(path, handover.STATUS)
         latest = server["stocks"][-1] if server and server["stocks"] else None
         if latest is not None and latest["ready"] >= latest["size"]:
             break
@@ -106,12 +106,12 @@ def stop() -> None:
 
     The next kernel that is started fills the pool again (`VMKERNEL_POOL_SIZE=0`: none does).
     """
-    from vmkernel.pool import client, launcher
+    from vmkernel.pool import client, handover
     from vmkernel.settings import load_settings
 
     ended = 0
     for path in client.sockets_of(load_settings()):
-        server = client.ask(os.fsencode(path), launcher.STOP)
+        server = client.ask(os.fsencode(path), handover.STOP)
         if server is None:
             continue  # it was killed: the next one takes its place
         ended += server["ready"] + server["starting"]
@@ -123,9 +123,9 @@ def stop() -> None:
 
 def statistics(settings: Settings) -> list[dict[str, Any]]:
     """What each server of this user says of itself."""
-    from vmkernel.pool import client, launcher
+    from vmkernel.pool import client, handover
 
-    found = (client.ask(os.fsencode(p), launcher.STATUS) for p in client.sockets_of(settings))
+    found = (client.ask(os.fsencode(p), handover.STATUS) for p in client.sockets_of(settings))
     return [server for server in found if server is not None]
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmkernel.pool import launcher
+from vmkernel.pool import handover
 
 if TYPE_CHECKING:
     from vmkernel.settings import Settings
@@ -20,13 +20,13 @@ LOG_CAP = 1 << 20
 def want(path: bytes, arguments: list[str]) -> bool:
     """Ask for a member for kernels like this one, soon; whether there is a server to ask."""
     try:
-        sock = launcher.connect(path)
+        sock = handover.connect(path)
     except (OSError, ValueError):
         return False
     with contextlib.closing(sock):
-        request = launcher.pack(arguments, dict(os.environb))
+        request = handover.pack(arguments, dict(os.environb))
         try:
-            launcher.send(sock, launcher.WANTED, [request])
+            handover.send(sock, handover.WANTED, [request])
         except OSError:
             return False
         finally:
@@ -39,12 +39,12 @@ def ask(path: bytes, kind: bytes) -> dict[str, Any] | None:
     import json
 
     try:
-        sock = launcher.connect(path)
+        sock = handover.connect(path)
     except (OSError, ValueError):
         return None
     with contextlib.closing(sock):
         try:
-            launcher.send(sock, kind, [])
+            handover.send(sock, kind, [])
             data = b""
             while part := sock.recv(65536):
                 data += part
@@ -65,7 +65,7 @@ def start_server(path: bytes, arguments: list[str], settings: Settings) -> None:
     with contextlib.suppress(OSError):
         if log_path.stat().st_size > LOG_CAP:
             flags |= os.O_TRUNC
-    request = launcher.pack(arguments, dict(os.environb))
+    request = handover.pack(arguments, dict(os.environb))
     try:
         pid = os.posix_spawn(
             "/bin/sh",

@@ -30,7 +30,7 @@ from vmkernel.kernel.launch import label_of, parse_arguments
 from vmkernel.kernel.serve import LOG_FORMAT, parent_watch
 from vmkernel.kernel.sockets import Sockets
 from vmkernel.kernel.wrapper import Wrapper
-from vmkernel.pool import client, launcher
+from vmkernel.pool import client, handover
 from vmkernel.pool.request import Request
 from vmkernel.protocol import messages
 
@@ -173,7 +173,7 @@ class _Member:
             return
         except OSError:
             kind, fds = b"", []
-        if kind != launcher.KERNEL or len(fds) not in (5, 10):
+        if kind != handover.KERNEL or len(fds) not in (5, 10):
             asyncio.get_running_loop().remove_reader(self._control)
             self._end(None)
             return
@@ -194,11 +194,11 @@ class _Member:
         connection = asked.connection
         connection.setblocking(False)
         try:
-            connection.send(launcher.TAKEN)
+            connection.send(handover.TAKEN)
             poll = select.poll()
             poll.register(connection, select.POLLIN)
-            poll.poll(launcher.PATIENCE * 1000)  # microseconds, and there is nothing else to do
-            return connection.recv(1) == launcher.CONFIRMED
+            poll.poll(handover.PATIENCE * 1000)  # microseconds, and there is nothing else to do
+            return connection.recv(1) == handover.CONFIRMED
         except OSError:
             return False
 
@@ -229,6 +229,8 @@ class _Member:
         settings = self._settings
         # Neither label nor history matter before _serve() has given the right ones
         self._wrapper = Wrapper(settings, self._sockets(None), Label(), History(settings, []), None)
+        # By then there is a template, if there was none before
+        self._wrapper.on_quiet = lambda: client.want(self._server, asked.request.arguments)
         return await self._serve(asked)
 
     async def _serve(self, asked: Asked) -> int:
@@ -280,9 +282,9 @@ class _Member:
         if not letters:
             asyncio.get_running_loop().remove_reader(connection)
             self._wrapper.stop(1)
-        if launcher.INTERRUPT in letters:
+        if handover.INTERRUPT in letters:
             self._wrapper.interrupt()
-        if launcher.TERMINATE in letters:
+        if handover.TERMINATE in letters:
             self._wrapper.stop(0)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from vmkernel.pool import launcher
+from vmkernel.pool import handover
 
 MOST = 16 << 20
 """Bytes of a request; the kernel of the host allows some 6 MiB of arguments and environment."""
@@ -24,12 +24,12 @@ class Request(msgspec.Struct, frozen=True):
 
     @classmethod
     def read(cls, descriptor: int) -> Request:
-        """From the file that `launcher.pack` made.  Raises ValueError, OSError."""
+        """From the file that `handover.pack` made.  Raises ValueError, OSError."""
         size = os.fstat(descriptor).st_size
         if size > MOST:
             raise ValueError("a request that is too long")
         parts = os.pread(descriptor, size, 0).split(b"\0")
-        if parts[0] != launcher.PROTOCOL or len(parts) < 4:
+        if parts[0] != handover.PROTOCOL or len(parts) < 4:
             raise ValueError("a request of another version")
         count = int(parts[3])
         variables = (part.partition(b"=") for part in parts[4 + count :])

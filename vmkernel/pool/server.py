@@ -39,7 +39,7 @@ from vmkernel.host.inotify import FileWatch
 from vmkernel.host.keeper import Keeper
 from vmkernel.host.pool import Place
 from vmkernel.kernel.launch import parse_arguments
-from vmkernel.pool import launcher, member
+from vmkernel.pool import handover, member
 from vmkernel.pool.request import Request
 from vmkernel.settings import (
     Settings,
@@ -105,7 +105,7 @@ class Child:
     def give(self, fds: list[int]) -> None:
         """Hand a launcher over; the descriptors stay ours to close.  Raises OSError."""
         self.given = True
-        socket.send_fds(self.control, [launcher.KERNEL], fds)
+        socket.send_fds(self.control, [handover.KERNEL], fds)
 
     async def end(self) -> None:
         """End a member that was not given away."""
@@ -309,20 +309,20 @@ class Server:
             connection.setblocking(False)
             if not _is_of_ours(connection):
                 return
-            async with asyncio.timeout(launcher.PATIENCE):
+            async with asyncio.timeout(handover.PATIENCE):
                 await _readable(self.loop, connection)
             kind, fds, _, _ = socket.recv_fds(connection, 1, 9)
             if not self._is_current():
                 self.stop()
-            elif kind == launcher.KERNEL and len(fds) in (4, 9):
+            elif kind == handover.KERNEL and len(fds) in (4, 9):
                 await self._on_kernel(connection, fds)
-            elif kind == launcher.WANTED and len(fds) == 1:
+            elif kind == handover.WANTED and len(fds) == 1:
                 self.wanted(Request.read(fds[0]))
-            elif kind in (launcher.STATUS, launcher.STOP):
+            elif kind in (handover.STATUS, handover.STOP):
                 answer = json.dumps(self.statistics()).encode()
                 connection.setblocking(True)
-                connection.settimeout(launcher.PATIENCE)
-                if kind == launcher.STOP:
+                connection.settimeout(handover.PATIENCE)
+                if kind == handover.STOP:
                     await self._stopped()
                 connection.sendall(answer)
         except (OSError, ValueError, VmError) as error:
@@ -336,7 +336,7 @@ class Server:
         request = Request.read(fds[0])
         stock = self._stock(request)
         if stock is None:
-            connection.send(launcher.REFUSED)
+            connection.send(handover.REFUSED)
             return
         self._kernel_seen = time.monotonic()
         child = await stock.keeper.take()
@@ -365,6 +365,8 @@ class Server:
             log.info("nothing is kept ready: %s", error)
             return
         if stock is not None:
+            stock.keeper.last_error = None  # whatever was in the way, it is tried again
+            stock.keeper.pool.used()
             stock.keeper.pool.postpone(float("-inf"))
             stock.keeper.poke()
 
