@@ -194,6 +194,7 @@ def main() -> int:
     options = parser.parse_args()
     began = float(os.environ.get("DEMO_BEGAN", "0").replace(",", ".")) or time.time()
     screen = Screen()
+    os.environ.setdefault("VMKERNEL_POOL_SIZE", "0")  # nothing waits for a next one at the end
 
     try:
         ensure_kernelspec()

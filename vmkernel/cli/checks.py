@@ -54,6 +54,7 @@ def run_checks() -> list[Check]:
         ("image building", build_tools),
         ("template", _template),
         ("VM slots", _slots),
+        ("pool", _pool),
         ("record of VMs", _record),
         ("runtime dir", _runtime_dir),
         ("disk space", disk_space),
@@ -170,6 +171,21 @@ def _slots(settings: Settings) -> Check:
             "a new kernel waits: end one, or raise max_concurrent_vms",
         )  # fmt: skip
     return Check("VM slots", "ok", found)
+
+
+def _pool(settings: Settings) -> Check:
+    from vmkernel.cli.pool import statistics
+
+    if settings.pool_size == 0:
+        return Check("pool", "ok", "off (pool_size is 0): every kernel starts from the beginning")
+    servers = statistics(settings)
+    stocks = [stock for server in servers for stock in server["stocks"]]
+    problems = [f"{stock['recipe']}: {stock['error']}" for stock in stocks if stock["error"]]
+    if problems:
+        return Check("pool", "warning", "; ".join(problems), "start a kernel, which tells more")
+    ready = sum(stock["ready"] for stock in stocks)
+    waiting = f"{ready} {'kernel waits' if ready == 1 else 'kernels wait'}"
+    return Check("pool", "ok", waiting if servers else "none runs; a kernel's start begins one")
 
 
 def _record(settings: Settings) -> Check:

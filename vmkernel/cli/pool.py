@@ -113,7 +113,8 @@ def stop() -> None:
     for path in client.sockets_of(load_settings()):
         server = client.ask(os.fsencode(path), handover.STOP)
         if server is None:
-            continue  # it was killed: the next one takes its place
+            client.remove_stale(path)
+            continue
         ended += server["ready"] + server["starting"]
         end = time.monotonic() + END_SECONDS
         while Path(f"/proc/{server['pid']}").exists() and time.monotonic() < end:

@@ -67,6 +67,7 @@ async def serve(
     loop.add_signal_handler(signal.SIGTERM, wrapper.stop, 0)
     if pool and settings.pool_size and failure is None:
         wrapper.on_quiet = lambda: _offer(settings, pool)
+        wrapper.on_restart = lambda: _want(pool)
     with parent_watch(loop, wrapper):
         try:
             return await wrapper.run()
@@ -74,14 +75,20 @@ async def serve(
             sockets.close()
 
 
+def _want(pool: str) -> bool:
+    """Ask for a kernel like this one, soon; whether there is a pool to ask."""
+    from vmkernel.pool.client import want
+
+    return want(os.fsencode(pool), sys.argv[1:])
+
+
 def _offer(settings: Settings, pool: str) -> None:
     """Have kernels like this one ready from now on: tell the pool's server, or start one."""
-    from vmkernel.pool.client import start_server, want
-
-    path = os.fsencode(pool)
     try:
-        if not want(path, sys.argv[1:]):
-            start_server(path, sys.argv[1:], settings)
+        if not _want(pool):
+            from vmkernel.pool.client import start_server
+
+            start_server(os.fsencode(pool), sys.argv[1:], settings)
     except OSError as error:
         log.info("no kernel is kept ready: %s", error)
 

@@ -13,6 +13,7 @@ from vmkernel.pool import handover
 if TYPE_CHECKING:
     from vmkernel.settings import Settings
 
+ANSWER_SECONDS = 10.0
 LOG_CAP = 1 << 20
 """Bytes of the server's log, beyond which the next server begins it anew."""
 
@@ -45,6 +46,7 @@ def ask(path: bytes, kind: bytes) -> dict[str, Any] | None:
     with contextlib.closing(sock):
         try:
             handover.send(sock, kind, [])
+            sock.settimeout(ANSWER_SECONDS)  # members take a moment to end
             data = b""
             while part := sock.recv(65536):
                 data += part
@@ -70,7 +72,7 @@ def start_server(path: bytes, arguments: list[str], settings: Settings) -> None:
         pid = os.posix_spawn(
             "/bin/sh",
             # Not our child: nobody here would wait for it
-            ["sh", "-c", '"$@" &', "sh", sys.executable, "-P", "-m", "vmkernel.pool.server",
+            ["sh", "-c", '"$@" &', "sh", sys.executable, "-P", "-m", "vmkernel.pool",
              os.fsdecode(path)],
             # One arena for all threads: glibc would give each its own, in each member
             {**os.environ, "MALLOC_ARENA_MAX": "1"},
@@ -84,6 +86,19 @@ def start_server(path: bytes, arguments: list[str], settings: Settings) -> None:
     finally:
         os.close(request)
     os.waitpid(pid, 0)  # the shell, which ends at once
+
+
+def remove_stale(path: Path) -> None:
+    """Remove the socket of a server that was killed; nothing when one lives."""
+    import fcntl
+
+    with contextlib.suppress(OSError):
+        lock = os.open(f"{path}.lock", os.O_RDWR)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a server holds it while it lives
+            path.unlink()
+        finally:
+            os.close(lock)
 
 
 def sockets_of(settings: Settings) -> list[Path]:

@@ -6,8 +6,8 @@ kernel: it passes SIGINT and SIGTERM on, ends with the kernel's exit status, and
 the kernel ends.  No pool, no answer in `PATIENCE`, or anything unusual: the kernel starts here.
 
 Nothing is imported but what is built into Python or a C module: every import would be on the way
-of each kernel's start.  Where it stands: alone, imported by ``launcher`` as a module of its own; server
-and clients import it, too, as what both ends agree on.
+of each kernel's start.  Where it stands: alone, imported by ``launcher`` as a module of its own;
+server and clients import it, too, as what both ends agree on.
 """
 
 import posix

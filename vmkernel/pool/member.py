@@ -17,6 +17,7 @@ import select
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ PING_SECONDS = 30.0
 PING_PATIENCE = 10.0
 REHEARSAL = ("print(end='')", "1+1")
 """Cells that its guest runs first, silently: under emulation their code is translated then."""
+NOBODYS = Label(task_id="pool", env={})
+"""Of a VM that waits.  Its guest has nothing of the environment of a kernel before."""
 QUIET_NICE = 10
 """How much a member that starts stands back for everybody else."""
 
@@ -106,7 +109,7 @@ class _Member:
         """Have a VM ready until a launcher comes."""
         quiet = _stand_back()
         try:
-            begun = begin(self._settings, Label(task_id="pool"))
+            begun = begin(self._settings, NOBODYS)
         except (VmError, OSError) as error:
             self._say(FAILED, str(error))
             return 1
@@ -117,7 +120,7 @@ class _Member:
         # Its history is the kernel's to be
         history = History(self._settings, ["--HistoryManager.enabled=False"])
         wrapper = self._wrapper = Wrapper(
-            self._settings, self._sockets(None), Label(task_id="pool"), history, begun
+            self._settings, self._sockets(None), NOBODYS, history, begun
         )
         supply = wrapper.supply
         supply.wait_for_a_kernel()
@@ -128,6 +131,9 @@ class _Member:
         try:
             rehearsal = supply.owner = _Rehearsal(self._end)
             guest = await self._unless_over(supply.guest(None))
+            # Also what the hand-over will ask of it
+            await self._unless_over(guest.set_environment({}, self._settings.start_timeout))
+            await self._unless_over(guest.vm.agent.call(messages.SetClock(time.time_ns())))
             await self._unless_over(rehearsal.run(guest))
             supply.owner = wrapper
             if quiet:

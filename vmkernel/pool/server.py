@@ -1,4 +1,4 @@
-"""``python -m vmkernel.pool.server SOCKET``: one process per user that has kernels ready.
+"""``python -m vmkernel.pool SOCKET``: one process per user that has kernels ready.
 
 It has imported all that a wrapper kernel needs and forks members (`member`), which share its pages.
 What to start and to end is `host.pool`'s to decide and `host.keeper`'s to do, for each distinct set
@@ -35,12 +35,13 @@ import vmkernel
 from vmkernel.errors import VmError, VmStateError
 from vmkernel.host import start
 from vmkernel.host.capacity import Statistics
+from vmkernel.host.descriptors import want_descriptors
 from vmkernel.host.inotify import FileWatch
 from vmkernel.host.keeper import Keeper
 from vmkernel.host.pool import Place
 from vmkernel.kernel.launch import parse_arguments
 from vmkernel.pool import handover, member
-from vmkernel.pool.request import Request
+from vmkernel.pool.request import Request, adopt_environment
 from vmkernel.settings import (
     Settings,
     dump_settings,
@@ -55,6 +56,8 @@ log = logging.getLogger("vmkernel.pool")
 
 REFILL_AFTER = 1.5
 """Seconds after a hand-over before the pool fills again: the new kernel has the processors."""
+HOPE_SECONDS = 0.6
+"""How long a launcher may wait for a member that is starting; it is patient for a second."""
 END_PATIENCE = 3.0
 """Seconds that a member has to end by itself."""
 LOOK_SECONDS = 15.0
@@ -226,11 +229,21 @@ class Stock:
         await child.end()
         return None
 
+    async def hope(self) -> Child | None:
+        """The member that is on its way, if it comes soon: sooner than one that starts now."""
+        end = time.monotonic() + HOPE_SECONDS
+        hope = self.keeper.hope(lambda: time.monotonic() < end)
+        try:
+            await asyncio.wait([hope.member], timeout=HOPE_SECONDS)
+        finally:
+            child = self.keeper.give_up(hope)
+        return child
+
     def _job(self) -> Callable[[socket.socket], int]:
         settings, request, path = self.settings, self.request, self._server.path
 
         def job(control: socket.socket) -> int:
-            request.adopt()
+            adopt_environment(request.environ)
             return member.run(settings, path, control, None)
 
         return job
@@ -341,8 +354,14 @@ class Server:
         self._kernel_seen = time.monotonic()
         child = await stock.keeper.take()
         stock.keeper.pool.postpone(time.monotonic() + REFILL_AFTER)
+        if child is None and stock.keeper.pool.count(Place.STARTING):
+            child = await stock.hope()
         if child is not None:
-            child.give([connection.fileno(), *fds])
+            try:
+                child.give([connection.fileno(), *fds])
+            except OSError:
+                self._do(child.end())
+                raise
             return
         path, settings = self.path, stock.settings
         kept = [os.dup(connection.fileno()), *map(os.dup, fds)]
@@ -613,6 +632,8 @@ def main() -> None:
     if listener is None:
         member.finish(0)
         return
+    with contextlib.suppress(VmError):  # a kernel that starts by itself tells it
+        want_descriptors()
     request = Request.read(3)
     os.close(3)
     _import_all()
@@ -630,7 +651,3 @@ def main() -> None:
             _fork(server, job, child)
     log.info("ends")
     member.finish(0)
-
-
-if __name__ == "__main__":
-    main()
