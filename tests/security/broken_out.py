@@ -412,7 +412,7 @@ def start_many_threads():
 @attack
 def find_more_descriptors():
     mine = (0, 1, 2, *target["fds"])
-    sealed = [f"/memfd:vmkernel-{name} (deleted)" for name in ("shim", "script")]
+    sealed = [f"/memfd:vmkernel-{name} (deleted)" for name in ("shim", "script", "absent")]
     names = ("/ram", "/rootfs", "/scratch.raw", *sealed)
     return {
         fd: there for fd, there in GIVEN.items() if fd not in mine and not there.endswith(names)
@@ -438,7 +438,7 @@ def change_the_state():
 
 @attack
 def find_words_in_the_environment():
-    return set(os.environ) - {"LC_ALL", "LD_PRELOAD", "PWD", "LC_CTYPE"}
+    return set(os.environ) - {"LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PWD", "LC_CTYPE"}
 
 
 @attack

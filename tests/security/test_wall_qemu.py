@@ -80,7 +80,7 @@ def assert_walled(pid: int, uids: set[int]) -> None:
     assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)
     assert re.search(r"^Max processes +256 +256 ", limits, re.MULTILINE)
     names = {word.partition("=")[0] for word in psutil.Process(pid).environ()}
-    assert names <= {"LC_ALL", "LD_PRELOAD", "PWD"}
+    assert names <= {"LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PWD"}
 
 
 def opened(pid: int, name: str) -> list[str]:

@@ -112,7 +112,8 @@ async def test_a_scopes_command_starts_the_same_qemu(
         assert running.owner(qemu_process) == processes.identify_self()
         assert os.getsid(pid) == pid
         names = {entry.partition("=")[0] for entry in environment(pid)}
-        assert names <= {"LC_ALL", "LD_PRELOAD", "PWD"}  # the last is bubblewrap's
+        # The last is bubblewrap's
+        assert names <= {"LC_ALL", "LD_LIBRARY_PATH", "LD_PRELOAD", "PWD"}
         assert os.readlink(f"/proc/{pid}/cwd") == "/"
         assert limit(pid, "Max core file size") == ["0"] * 2
         assert await vm.run("print(6 * 7)") == "42\n"

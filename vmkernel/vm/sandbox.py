@@ -5,27 +5,52 @@ shows the answer.  Bubblewrap may be missing; or be there and not work, since th
 namespaces to this user (Ubuntu from 23.10 on by AppArmor, containers by seccomp), or since QEMU
 lies where nobody but this user can read it.  So QEMU itself is run behind the wall, with a question
 that it answers at once.  The answer is kept (``vm.facts``) for as long as the host is not started
-anew and QEMU and bubblewrap are the same files: 60 ms once, nothing after that.  That bubblewrap
-failed is not kept: the host may have been busy, and a VM without the wall is no price for 60 ms.
+anew and QEMU, bubblewrap and the list of libraries are the same files: 0.3 s once, nothing after
+that.  That bubblewrap failed is not kept: the host may have been busy, and a VM without the wall is
+no price for that.
 """
 
 from __future__ import annotations
 
 import os
+import struct
+from binascii import a2b_base64, b2a_base64
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import msgspec
 
 from vmkernel.errors import VmBootError
+from vmkernel.vm.command import SANDBOX
 from vmkernel.vm.facts import read_facts, remember
-from vmkernel.vm.wall import BUILDER_UID, Wall, bwrap_command, reachable_by_others
+from vmkernel.vm.wall import (
+    BUILDER_UID,
+    DIRECTORY,
+    Wall,
+    bwrap_command,
+    reachable_by_others,
+    without,
+)
 
 BWRAP = "/usr/bin/bwrap"
 INSTALL_BWRAP = "sudo apt install bubblewrap"
 _FACT = "sandbox"
+_FORMAT = 3  # of what is kept
 # What QEMU answers without a machine, and what is to be known of it.
 _QUESTION = ("-object", "memory-backend-file,help")
+# A microVM with the devices of ours, which QEMU makes and then is told to end.  (A small buffer for
+# translated code: whoever asks may have a limit on memory, and QEMU's own wish is 1 GiB.)
+_TRIAL = (
+    "-nodefaults", "-no-user-config", "-display", "none", "-sandbox", SANDBOX,
+    "-bios", "qboot.rom", "-machine", "microvm,acpi=on,rtc=on,isa-serial=on",
+    "-accel", "tcg,tb-size=16", "-m", "64M", "-device", "virtio-serial-device",
+    "-object", "rng-random,id=entropy,filename=/dev/urandom",
+    "-device", "virtio-rng-device,rng=entropy",
+    "-blockdev", "driver=null-co,node-name=disk", "-device", "virtio-blk-device,drive=disk",
+    "-S", "-monitor", "stdio",
+)  # fmt: skip
+
+_ALL_THERE: dict[str, Any] = {"absent": [], "stand_in": ""}
 
 
 class SandboxSettings(Protocol):
@@ -64,8 +89,9 @@ def find_wall(settings: SandboxSettings, qemu: str) -> Wall:
 
 def find_sandbox(settings: SandboxSettings, qemu: str) -> Sandbox:
     """What is to enclose ``qemu`` (an absolute path), and what lacks."""
-    mark = [_mark(qemu), _mark(BWRAP), Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            os.geteuid()]  # fmt: skip
+    boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    # The last changes with libraries
+    mark = [_FORMAT, _mark(qemu), _mark(BWRAP), boot_id, os.geteuid(), _mark("/etc/ld.so.cache")]
     known = read_facts(settings.state_dir).get(_FACT)
     if not (isinstance(known, dict) and known.get("mark") == mark):
         known = {"mark": mark, **_try_out(qemu)}
@@ -79,7 +105,16 @@ def find_sandbox(settings: SandboxSettings, qemu: str) -> Sandbox:
         return Sandbox(wall, "it is switched off", "set VMKERNEL_SANDBOX=auto")
     if known["problem"]:
         return Sandbox(wall, str(known["problem"]), str(known["hint"]))
-    return Sandbox(msgspec.structs.replace(wall, bwrap=BWRAP), "", "")
+    return Sandbox(
+        msgspec.structs.replace(
+            wall,
+            bwrap=BWRAP,
+            absent=tuple(known["absent"]),
+            stand_in=a2b_base64(known["stand_in"]),
+        ),
+        "",
+        "",
+    )
 
 
 def _mark(path: str) -> list[Any]:
@@ -119,7 +154,7 @@ def _try_out(qemu: str) -> dict[str, Any]:
         for fd in fds:
             os.close(fd)
     if answer.returncode == 0:
-        return facts | {"problem": "", "hint": ""}
+        return facts | {"problem": "", "hint": "", **_find_absent(qemu, own_user)}
     return facts | {
         "lasting": False,
         "problem": f"bubblewrap does not work here: {_last_line(answer.stderr)}",
@@ -127,13 +162,56 @@ def _try_out(qemu: str) -> dict[str, Any]:
     }
 
 
-def _ask(command: list[str], *fds: int, as_user: int | None = None) -> Any:
+def _find_absent(qemu: str, own_user: bool) -> dict[str, Any]:
+    """Which libraries QEMU is started without: those without which it makes a microVM."""
+    from vmkernel.vm.absent import absent_for
+
+    try:
+        found = absent_for(qemu, _libraries(qemu))
+    except (OSError, ValueError, LookupError, struct.error):  # then it gets them all
+        return _ALL_THERE
+    if not found.names:
+        return _ALL_THERE
+    command, fds = bwrap_command(BWRAP, qemu)
+    try:
+        links, fd = without(found.names, found.data)
+        fds.append(fd)
+        command += [*links, "--setenv", "LD_LIBRARY_PATH", DIRECTORY, "--remount-ro", "/"]
+        command += ["--", qemu, *_TRIAL]
+        answer = _ask(command, *fds, as_user=BUILDER_UID if own_user else None, said="quit\n")
+    finally:
+        for fd in fds:
+            os.close(fd)
+    # The wall's shell has written an empty line
+    if answer.returncode or answer.stderr.strip():
+        return _ALL_THERE
+    return {"absent": found.names, "stand_in": b2a_base64(found.data, newline=False).decode()}
+
+
+def _libraries(qemu: str) -> dict[str, str]:
+    """What the loader would load for it: names and paths (ld.so(8), LD_TRACE_LOADED_OBJECTS)."""
+    import subprocess
+
+    lines = subprocess.run(
+        [qemu],
+        env={"LD_TRACE_LOADED_OBJECTS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
+    ).stdout.splitlines()
+    words = (line.split() for line in lines)
+    return {line[0]: line[2] for line in words if len(line) > 2 and line[1] == "=>"}
+
+
+def _ask(command: list[str], *fds: int, as_user: int | None = None, said: str = "") -> Any:
     import subprocess
 
     try:
         return subprocess.run(
             command,
             pass_fds=fds,
+            input=said,
             capture_output=True,
             text=True,
             timeout=10,

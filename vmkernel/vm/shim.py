@@ -31,6 +31,21 @@ from __future__ import annotations
 
 import struct
 
+from vmkernel.vm.elf import (
+    DYN,
+    EHDR,
+    PAGE,
+    PHDR,
+    READ,
+    RUN,
+    SYM,
+    WRITE,
+    aligned,
+    file_header,
+    segment,
+    symbol,
+)
+
 NAMES = ("open64", "open", "__open64_2", "__open_2")
 """What it defines.  The last two are called by a build with _FORTIFY_SOURCE, without a mode."""
 
@@ -87,9 +102,7 @@ _AT_LOAD = bytes.fromhex(
 _SHORT_ENTRY, _ENTRY = 0, 2  # of __open64_2 and of open64, in the code
 _LOCATION = "__errno_location"  # libc's, the address of this thread's errno (LSB)
 
-_PAGE = 0x1000
-_EHDR, _PHDR, _SYM, _RELA, _DYN = 64, 56, 24, 24, 16  # sizes of one each, for 64 bits
-_READ, _WRITE, _RUN = 4, 2, 1
+_RELA = 24
 
 
 def shim() -> bytes:
@@ -100,27 +113,27 @@ def shim() -> bytes:
 
     # One after the other: headers, symbols, strings, hash table, relocation, code; then what the
     # loader writes to and maps a page further on: the dynamic section, and the address it finds.
-    at_symbols = _EHDR + 4 * _PHDR
-    at_strings = at_symbols + len(names) * _SYM
-    at_hash = _aligned(at_strings + len(strings))
+    at_symbols = EHDR + 4 * PHDR
+    at_strings = at_symbols + len(names) * SYM
+    at_hash = aligned(at_strings + len(strings))
     hash_table = _hash_table(len(names))
-    at_rela = _aligned(at_hash + len(hash_table))
+    at_rela = aligned(at_hash + len(hash_table))
     at_code = at_rela + _RELA
     code_size = len(_CODE) + 6 + len(_AFTER_CALL)
     at_load = at_code + code_size
-    at_dynamic = _aligned(at_load + len(_AT_LOAD))
-    at_slot = at_dynamic + 10 * _DYN
+    at_dynamic = aligned(at_load + len(_AT_LOAD))
+    at_slot = at_dynamic + 10 * DYN
     size = at_slot + 8
 
-    symbols = bytes(_SYM)
+    symbols = bytes(SYM)
     for name in NAMES:
         entry = _SHORT_ENTRY if name.endswith("_2") else _ENTRY
-        symbols += _symbol(offset[name], 1, at_code + entry, code_size - entry)
-    symbols += _symbol(offset[_LOCATION], 0, 0, 0)  # section 0: not defined here
+        symbols += symbol(offset[name], 1, at_code + entry, code_size - entry)
+    symbols += symbol(offset[_LOCATION], 0, 0, 0)  # section 0: not defined here
     # R_X86_64_GLOB_DAT (6): the address of the last symbol goes into the slot
-    rela = struct.pack("<QQq", at_slot + _PAGE, (len(names) - 1) << 32 | 6, 0)
+    rela = struct.pack("<QQq", at_slot + PAGE, (len(names) - 1) << 32 | 6, 0)
     # call [rip + distance], counted from the end of this instruction
-    call = b"\xff\x15" + struct.pack("<i", at_slot + _PAGE - (at_code + len(_CODE) + 6))
+    call = b"\xff\x15" + struct.pack("<i", at_slot + PAGE - (at_code + len(_CODE) + 6))
     dynamic = b"".join(
         struct.pack("<QQ", tag, value)
         for tag, value in (
@@ -128,7 +141,7 @@ def shim() -> bytes:
             (5, at_strings),  # DT_STRTAB
             (6, at_symbols),  # DT_SYMTAB
             (10, len(strings)),  # DT_STRSZ
-            (11, _SYM),  # DT_SYMENT
+            (11, SYM),  # DT_SYMENT
             (7, at_rela),  # DT_RELA
             (8, _RELA),  # DT_RELASZ
             (9, _RELA),  # DT_RELAENT
@@ -136,12 +149,12 @@ def shim() -> bytes:
             (0, 0),  # DT_NULL
         )
     )
-    headers = _file_header() + b"".join(
+    headers = file_header() + b"".join(
         (
-            _segment(1, _READ | _RUN, 0, 0, at_dynamic),  # PT_LOAD: all that is not written to
-            _segment(1, _READ | _WRITE, at_dynamic, _PAGE, size - at_dynamic),  # PT_LOAD
-            _segment(2, _READ | _WRITE, at_dynamic, _PAGE, 10 * _DYN),  # PT_DYNAMIC
-            _segment(0x6474E551, _READ | _WRITE, 0, 0, 0),  # PT_GNU_STACK: not to be executed
+            segment(1, READ | RUN, 0, 0, at_dynamic),  # PT_LOAD: all that is not written to
+            segment(1, READ | WRITE, at_dynamic, PAGE, size - at_dynamic),  # PT_LOAD
+            segment(2, READ | WRITE, at_dynamic, PAGE, 10 * DYN),  # PT_DYNAMIC
+            segment(0x6474E551, READ | WRITE, 0, 0, 0),  # PT_GNU_STACK: not to be executed
         )
     )
     parts = {
@@ -160,28 +173,7 @@ def shim() -> bytes:
     return bytes(image)
 
 
-def _file_header() -> bytes:
-    # Class 64, little-endian, version 1, System V; a shared object (3) for x86-64 (62)
-    ident = b"\x7fELF" + bytes((2, 1, 1, 0)) + bytes(8)
-    rest = (3, 62, 1, 0, _EHDR, 0, 0, _EHDR, _PHDR, 4, 0, 0, 0)  # no entry point, no sections
-    return ident + struct.pack("<HHIQQQIHHHHHH", *rest)
-
-
-def _segment(kind: int, flags: int, place: int, shift: int, size: int) -> bytes:
-    address = place + shift
-    return struct.pack("<IIQQQQQQ", kind, flags, place, address, address, size, size, _PAGE)
-
-
-def _symbol(name: int, section: int, value: int, size: int) -> bytes:
-    # 0x12: global, a function.  Any section number but 0 says that it is defined here
-    return struct.pack("<IBBHQQ", name, 0x12, 0, section, value, size)
-
-
 def _hash_table(symbols: int) -> bytes:
     """A table of one bucket, in which every symbol is in one chain: no hash need be known."""
     chain = [0, *range(2, symbols), 0]
     return struct.pack(f"<{3 + symbols}I", 1, symbols, 1, *chain)
-
-
-def _aligned(place: int) -> int:
-    return (place + 7) & ~7

@@ -34,7 +34,7 @@ begins subordinate ids at 100000), and other daemons share "nobody".
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +55,8 @@ _LIBRARIES = ("/lib", "/lib32", "/lib64")
 UNSHARE = "/usr/bin/unshare"  # util-linux, as setpriv
 _NAMESPACE = ("--user", "--map-current-user", "--pid", "--fork", "--kill-child=KILL", "--")
 _LAST_LOOK = f'{limit_tasks()}; echo >&2 && exec "$@"\n'.encode()
+DIRECTORY = "/absent"
+"""Where QEMU's loader looks first, behind the wall."""
 _BESIDE = ("../share/qemu", "../share/seabios", "../pc-bios", "../lib", "../lib64")
 """Where a QEMU that was not installed in /usr has its firmware and libraries."""
 
@@ -68,6 +70,10 @@ class Wall(msgspec.Struct, frozen=True):
     """Whether QEMU leaves this user (root) for one of its own."""
     private_option: bool = False
     """Whether QEMU can be told to open RAM for reading, and needs no help for that (`vm.shim`)."""
+    absent: tuple[str, ...] = ()
+    """Libraries that a clone's QEMU is started without (`vm.absent`); in bubblewrap only."""
+    stand_in: bytes = b""
+    """The object that stands for them."""
 
 
 class Enclosed(NamedTuple):
@@ -120,6 +126,11 @@ def enclose(
             opened += fds
             for path, writable in files.items():
                 command += _mount(path, writable, links.get(path))
+            if machine.incoming and wall.absent:
+                links_in, fd = without(wall.absent, wall.stand_in)
+                command += links_in
+                opened.append(fd)
+                environment["LD_LIBRARY_PATH"] = DIRECTORY
             if machine.accelerator == "kvm":
                 command += _device(_KVM)
             command += ["--remount-ro", "/"]  # it is a tmpfs, which else could be filled
@@ -172,6 +183,15 @@ def bwrap_command(bwrap: str, qemu: str) -> tuple[list[str], list[int]]:
     for path in _DEVICES:  # and not --dev, with which a writable tmpfs comes
         command += _device(path)
     return command, [script, seccomp]
+
+
+def without(libraries: Iterable[str], stand_in: bytes) -> tuple[list[str], int]:
+    """Options of bubblewrap's, by which the loader finds ``stand_in`` for these; its descriptor."""
+    fd = sealed_memory("absent", stand_in)
+    command = []
+    for name in libraries:
+        command += ["--symlink", f"/proc/self/fd/{fd}", f"{DIRECTORY}/{name}"]
+    return command, fd
 
 
 def sealed_memory(name: str, data: bytes) -> int:
