@@ -13,7 +13,7 @@ import pytest
 from bench import page, plots, scale
 from vmkernel.bench import report
 from vmkernel.bench.figures import BY_KEY, Results, percentile
-from vmkernel.bench.memory import Footprint, footprint, idle_cpu
+from vmkernel.bench.memory import Footprint, footprint, further_mappings, idle_cpu, mappings
 from vmkernel.bench.rig import Pool, Rig, Variant
 
 PLAIN, OURS, POOLED = "python3", "vmsandbox", "vmsandbox+pool"
@@ -106,6 +106,19 @@ def test_a_further_kernel_is_the_difference():
     one = Footprint(50, 40, 3, {"qemu": 30.0, "python3": 20.0})
     five = Footprint(170, 120, 11, {"qemu": 110.0, "python3": 40.0, "sh": 20.0})
     assert five.minus(one, 4) == Footprint(30, 20, 2, {"python3": 5.0, "qemu": 20.0, "sh": 5.0})
+
+
+def test_what_a_further_kernels_memory_is():
+    one = {"qemu: heap": {"rss": 4.0, "pss": 4.0, "private": 4.0}}
+    many = {
+        "qemu: files": {"rss": 20.0, "pss": 4.0, "private": 2.0},
+        "qemu: heap": {"rss": 12.0, "pss": 12.0, "private": 12.0},
+    }
+    more = further_mappings(one, many, 2)
+    assert list(more) == ["qemu: heap", "qemu: files"]
+    assert more["qemu: files"] == {"rss": 10.0, "pss": 2.0, "private": 1.0}
+    mine = mappings([os.getpid()])
+    assert any(name.endswith(": heap") and sizes["private"] > 0 for name, sizes in mine.items())
 
 
 def test_the_place_knows_its_processes_and_takes_them_along(wait_until):

@@ -16,7 +16,7 @@ from queue import Empty
 from typing import Any
 
 from vmkernel.bench.figures import Results
-from vmkernel.bench.memory import Footprint, footprint, idle_cpu, mappings
+from vmkernel.bench.memory import Footprint, footprint, further_mappings, idle_cpu, mappings
 from vmkernel.bench.rig import Rig, RigError, Variant
 from vmkernel.bench.subject import KernelFailedError, Subject, clock
 from vmkernel.errors import VmError
@@ -201,6 +201,7 @@ def memory(run: Run) -> None:
         with contextlib.ExitStack() as stack, run.sample(kernel, *keys):
             subjects = [_kept(run, kernel, stack)]
             one = _settled(run, kernel)
+            alone = mappings(run.rig.processes())
             subjects += [_kept(run, kernel, stack) for _ in range(run.many - 1)]
             many = _settled(run, kernel)
             further = many.minus(one, run.many - 1)
@@ -209,8 +210,8 @@ def memory(run: Run) -> None:
             run.results.add("memory_further_private", kernel, further.private)
             run.results.detail("memory_one_footprint", kernel, one.as_json())
             run.results.detail("memory_further_footprint", kernel, further.as_json())
-            found = {"kernels": run.many, "mappings": mappings(run.rig.processes())}
-            run.results.detail("memory_map", kernel, found)
+            more = further_mappings(alone, mappings(run.rig.processes()), run.many - 1)
+            run.results.detail("memory_further_map", kernel, more)
             cpu = idle_cpu(run.rig.processes(), IDLE_SECONDS / (2 if run.brief else 1))
             run.results.add("idle_cpu", kernel, cpu / run.many)
             if not run.brief:

@@ -66,9 +66,13 @@ def footprint(pids: Iterable[int]) -> Footprint:
     return total
 
 
-def mappings(pids: Iterable[int]) -> dict[str, dict[str, float]]:
-    """What that memory is: MiB resident, proportional and private, by process and kind."""
-    found: dict[str, dict[str, float]] = {}
+Mappings = dict[str, dict[str, float]]
+"""MiB resident, proportional and private, by process and kind of memory."""
+
+
+def mappings(pids: Iterable[int]) -> Mappings:
+    """What the memory of these processes is."""
+    found: Mappings = {}
     for pid in pids:
         try:
             who = role(pid)
@@ -85,11 +89,19 @@ def mappings(pids: Iterable[int]) -> dict[str, dict[str, float]]:
                 sizes = found.setdefault(f"{who}: {kind}", empty)
             elif first in _SIZES:
                 sizes[_SIZES[first]] += int(rest.split()[0]) / 1024
-    return {
-        name: {key: round(value, 2) for key, value in sizes.items()}
-        for name, sizes in sorted(found.items(), key=lambda item: -item[1]["pss"])
-        if sizes["pss"] >= 0.05
+    return found
+
+
+def further_mappings(one: Mappings, many: Mappings, kernels: int) -> Mappings:
+    """The share of one of ``kernels`` kernels in the difference, the largest first."""
+    nothing = {"rss": 0.0, "pss": 0.0, "private": 0.0}
+    found = {
+        name: {
+            key: round((sizes[key] - one.get(name, nothing)[key]) / kernels, 2) for key in nothing
+        }
+        for name, sizes in many.items()
     }
+    return dict(sorted(found.items(), key=lambda item: -item[1]["pss"]))
 
 
 _SIZES = {"Rss:": "rss", "Pss:": "pss", "Private_Dirty:": "private"}

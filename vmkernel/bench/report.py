@@ -35,20 +35,19 @@ def table(results: Results, *, goals: bool = True) -> str:
 
 
 def memory_map(results: Results) -> str:
-    """What the memory of several idle kernels is: shared, or each one's own; "" when not taken."""
+    """What the memory of a further idle kernel is; "" when not taken."""
     tables = []
-    for kernel, found in results.details.get("memory_map", {}).items():
-        many = found["kernels"]
+    for kernel, found in results.details.get("memory_further_map", {}).items():
         lines = [
-            f"Memory of {many} idle kernels at once, {kernel}, for each of them, MiB:",
+            f"Memory of a further idle kernel, {kernel}, MiB:",
             "",
-            "| process: kind | resident | of it its own | PSS |",
+            "| process: kind | PSS | of it its own | resident |",
             "| --- | --- | --- | --- |",
         ]
-        for name, sizes in found["mappings"].items():
-            own, pss, resident = (sizes[key] / many for key in ("private", "pss", "rss"))
-            if pss >= 0.2:
-                lines.append(f"| {name} | {resident:.1f} | {own:.1f} | {pss:.1f} |")
+        for name, sizes in found.items():
+            if abs(sizes["pss"]) >= 0.1:  # below 0: shared by more
+                own, pss, resident = (f"{sizes[key]:.1f}" for key in ("private", "pss", "rss"))
+                lines.append(f"| {name} | {pss} | {own} | {resident} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
