@@ -17,7 +17,7 @@ CELLS = [
     "1/0", "def f(:", "  1", "x = ", "raise SystemExit", "f(", "'", "return 1", "yield 1",
     "import sys; print('e', file=sys.stderr)", "for i in range(3): i", "if x: x", "x if x else 0",
     "lambda: 1", "x: int = 3", "__annotations__", "a, *b = 1, 2", "*b,", "print(1) or 5",
-    "%time 1", "!echo out", "x?", "%%time\n1", "# only a comment", "1 # comment",
+    "%pwd", "!echo out", "x?", "%%capture\n1", "# only a comment", "1 # comment",
     "@f\ndef g(): pass",
     "def f():\n    return 5\nf()", "class A: 'doc'", "A()", "del x", "x", "assert 0, 'why'",
     "from __future__ import annotations", "def g(a: nope): pass", "10**5000", "1 is 1", "'\\d'",

@@ -20,6 +20,7 @@ import platform
 import pwd
 import select
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -39,6 +40,7 @@ USER = "user"
 CONFIG = Path("/run/vmkernel/config.json")
 OUTPUT_TAIL = 16 << 10
 GOOD_TIMER = 1.08
+REHEARSALS = 16
 MOST_REPORT = 1 << 20
 """Bytes that a new guest kernel may say of itself: whoever else is the user may say it for him."""
 REAPED_AT_ONCE = 64
@@ -52,6 +54,8 @@ PERIODIC = {
     "/proc/sys/vm/compaction_proactiveness": "0",  # kcompactd, twice a second
     "/proc/sys/net/ipv4/neigh/default/interval_probe_time_ms": "3600000",  # each is a worker's job
     "/proc/sys/net/ipv6/neigh/default/interval_probe_time_ms": "3600000",
+    "/proc/sys/net/ipv4/neigh/default/base_reachable_time_ms": "86400000",
+    "/proc/sys/net/ipv6/neigh/default/base_reachable_time_ms": "86400000",
     "/sys/block/vda/queue/wbt_lat_usec": "0",
     "/sys/block/vdb/queue/wbt_lat_usec": "0",
 }
@@ -260,13 +264,22 @@ class Agent:
         """Do what every clone does first, so that no clone has to build decoders and caches for it.
 
         (A decoder is compiled from its type at first use: 80 ms and more under emulation.)
+        Again and again, on a socket of our own: what is done often, Python does in another way
+        (PEP 659).
         """
-        command = messages.Wake(time.time_ns(), os.urandom(64), os.uname().nodename)
-        body = messages.encode_json(messages.Call(0, command))
-        call = messages.decode(body, messages.Call)
-        assert isinstance(call.command, messages.Wake)
-        self._machine.wake(call.command.time_ns, call.command.entropy, call.command.hostname)
-        frames.FrameReader().feed(b"".join(frames.encode(messages.encode_json(messages.Reply(0)))))
+        usual, template = self.port, self._template
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with ours, theirs:
+            self.port = Port(ours.fileno())
+            for _ in range(REHEARSALS):
+                command = messages.Wake(time.time_ns(), os.urandom(64), os.uname().nodename)
+                body = messages.encode_json(messages.Call(0, command))
+                theirs.sendall(b"".join(frames.encode(body)))
+                self._receive()
+                reply = messages.decode(theirs.recv(1 << 16)[8:], messages.Reply)
+                assert not reply.error, reply.error
+        self.port, self._template = usual, template
 
 
 def measure_timer() -> float:

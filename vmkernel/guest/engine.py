@@ -21,6 +21,7 @@ import mmap
 import os
 import pdb  # noqa: T100 - IPython's takes its place
 import site
+import socket
 import sys
 import threading
 import time
@@ -71,6 +72,17 @@ WARM_UP_WITH = {
 
 UTC = ("", "UTC", "Etc/UTC")
 UTC_NAMES = ("UTC", "UTC")
+REHEARSED = (
+    "1+1",
+    "x = 1",
+    "import os, sys",
+    "x = 1\ny = x + 1\nprint(end='')\ny",
+    "for x in 'a', 'b':\n    def f(y=x):\n        return y",
+)
+REHEARSALS = 16
+"""How often each: what Python has run eight times or so, it runs in its quick way."""
+FIRST = ("1+1", "import sys as _w\ndel _w")
+"""What a clone runs for itself, if it has nothing else to do: it leaves nothing."""
 PAGES = 64
 GROWTHS = 6
 """After so many first requests QEMU is made to let its table of translated addresses grow."""
@@ -107,8 +119,9 @@ class Engine:
         self._inputs: list[str] = []
         self._awake = False
         self._generators: Generators | None = None
-        """In a template, and until its clone is awake"""
+        """In a template, and until its clone has served a request"""
         self._served = False
+        self._idle: asyncio.TimerHandle | None = None
         self._translations = Translations()
         self._growths = GROWTHS if is_emulated() else 0
         self._reading = threading.Lock()
@@ -228,25 +241,93 @@ class Engine:
             self.kernel.do_complete("import os; os.pa", 16)
             self.kernel.do_inspect("print", 5)
             self.kernel.do_is_complete("for i in x:")
-            # Not by the usual reseeding: it would make the generator of OpenSSL, for all clones
-            self._generators = Generators()
             await self._rehearse_requests()
-            self._generators = Generators()
+            self._generators = Generators()  # as the rehearsals have left them to nobody
         gc.collect()
         gc.freeze()  # the collector must not write to memory that clones share
 
     async def _rehearse_requests(self) -> None:
-        """Serve a wake-up and a cell as they will come, so that decoders and caches are made."""
-        empty = msgspec.Raw(b"{}")
-        content = messages.WakeKernel(os.urandom(64), {}, "")
-        await self._wake(
-            _as_received("wake_request", empty, messages.encode_json(content)), reply=False
-        )
-        self._awake = self.control.awake = False
-        cell = b'{"code":"1+1","silent":false,"store_history":false,"user_expressions":{}}'
-        header = msgspec.Raw(b'{"msg_id":"m","msg_type":"execute_request","session":"s"}')
-        with self._untraced():
-            await self._serve_jupyter(_as_received("execute_request", header, cell), [])
+        """Serve a wake-up and cells as they will come, again and again, on a socket of our own.
+
+        So decoders and caches are made, and Python's own code for what is done often takes the
+        place of what is done once (PEP 659): a clone would translate both, and write to memory that
+        it shares.
+        """
+        wake = messages.encode_json(messages.WakeKernel(os.urandom(64), {}, ""))
+        requests = [("wake_request", wake)] * REHEARSALS
+        for code in REHEARSED:
+            cell = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
+            requests += [("execute_request", messages.encode_json(cell))] * REHEARSALS
+        usual = self.port.fd
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        theirs.setblocking(False)
+        with ours, theirs, self._unremembered():
+            self._loop.remove_reader(usual)
+            self._loop.add_reader(ours, self._on_readable)
+            self.port.fd = ours.fileno()
+            try:
+                for msg_type, content in requests:
+                    if msg_type == "wake_request":
+                        # Not by the usual reseeding: it would make OpenSSL's generator, for all
+                        self._generators = Generators()
+                        self._awake = False
+                    request = _request(msg_type, content)
+                    theirs.sendall(b"".join(frames.encode(messages.encode_json(request))))
+                    await self._until_served(theirs)
+            finally:
+                self.pump.publish()
+                self.port.flush()
+                self._loop.remove_reader(ours)
+                self._loop.add_reader(usual, self._on_readable)
+                self.port.fd = usual
+        if self._idle is not None:
+            self._idle.cancel()
+        self._awake = self.control.awake = self._served = False
+        self._growths = GROWTHS if is_emulated() else 0
+
+    async def _until_served(self, theirs: socket.socket) -> None:
+        reader = frames.FrameReader()
+        while True:
+            with suppress(BlockingIOError):
+                for message in reader.feed(theirs.recv(1 << 16)):
+                    if b'"wake_reply"' in message or b'"execution_state":"idle"' in message:
+                        return
+            await asyncio.sleep(0)
+
+    @contextmanager
+    def _unremembered(self) -> Iterator[None]:
+        """No cell that runs in here is in the history, or leaves anything to the user."""
+        shell = self.kernel.shell
+        history, hook, names = shell.history_manager, shell.displayhook, shell.user_ns
+        saved, hidden = dict(names), dict(shell.user_ns_hidden)
+        count, inputs = shell.execution_count, len(history.input_hist_raw)
+        traits = {name: getattr(history, name) for name in ("_i", "_ii", "_iii", "_i00")}
+        results = hook._, hook.__, hook.___
+        try:
+            yield
+        finally:
+            shell.execution_count = count
+            del history.input_hist_raw[inputs:], history.input_hist_parsed[inputs:]
+            for name, value in traits.items():
+                setattr(history, name, value)
+            with history.db_input_cache_lock:
+                history.db_input_cache = []
+            for kept in (
+                history.outputs,
+                history.output_hist_reprs,
+                history.exceptions,
+                names["_oh"],
+            ):
+                kept.clear()
+            hook._, hook.__, hook.___ = results
+            names.clear()
+            names.update(saved)
+            shell.user_ns_hidden.clear()
+            shell.user_ns_hidden.update(hidden)
+            shell.last_execution_result = None
+            for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+                vars(sys).pop(name, None)
 
     async def _run_untraced(self, code: str) -> None:
         """Run a cell as a request does: its code paths are warm then."""
@@ -271,6 +352,9 @@ class Engine:
                 self.port.muted = False
             PortSession.silenced = 0
             hook.cache_size = size
+            history = self.kernel.shell.history_manager
+            history.outputs.pop(0, None)  # of a cell that has no number
+            history.output_hist_reprs.pop(0, None)
             for name in ("last_type", "last_value", "last_traceback", "last_exc"):
                 vars(sys).pop(name, None)
 
@@ -331,8 +415,9 @@ class Engine:
                 await self._wake(request)
                 return
             if not self._awake:
-                raise RuntimeError("a request came before the wake-up")
+                return  # nothing is said, either: the host would not hear it
             self._served = True
+            self._generators = None  # from now on anything may have been used
             await self._serve_jupyter(request, buffers)
 
     async def _serve_jupyter(self, request: messages.ToGuest, buffers: list[memoryview]) -> None:
@@ -368,7 +453,7 @@ class Engine:
             self.pump.publish()  # not sys.stdout, which may be the user's, or None
             kernel.session.send("iopub", "status", {"execution_state": "idle"}, message)
             self.port.flush()
-            if self._growths and self._awake:  # nobody waits for this
+            if self._growths:  # nobody waits for this
                 self._growths -= 1
                 self._translations.grow()
 
@@ -390,11 +475,10 @@ class Engine:
             reply: dict[str, Any] = await self.kernel.do_execute(code, True, store_history=False)
             return reply
 
-    async def _wake(self, request: messages.ToGuest, *, reply: bool = True) -> None:
+    async def _wake(self, request: messages.ToGuest) -> None:
         content = messages.decode(bytes(request.content), messages.WakeKernel)
-        generators, self._generators = self._generators, None
-        if generators is not None:
-            generators.reseed(content.entropy)
+        if self._generators is not None:
+            self._generators.reseed(content.entropy)
         else:
             reseed_process(content.entropy)
         os.environ.update(content.env)
@@ -410,13 +494,11 @@ class Engine:
         if name:
             self.kernel.shell.user_ns["__session__"] = name
         self._awake = self.control.awake = True
-        if not reply:
-            return
         self.kernel.session.send(
             request.channel, "wake_reply", {"status": "ok"}, {"header": {"msg_id": request.msg_id}}
         )
         self.port.flush()
-        self._loop.call_later(IDLE, self._warm_up_later)
+        self._idle = self._loop.call_later(IDLE, self._warm_up_later)
 
     def _warm_up_later(self) -> None:
         """Run a cell if nobody else has: under emulation the first run of any code is slow."""
@@ -428,16 +510,16 @@ class Engine:
     async def _warm_up(self) -> None:
         async with self._lock:
             if not self._served:
-                await self._run_untraced("1+1")
-                for _ in range(self._growths):
-                    self._translations.grow()
+                with self._untraced():
+                    for code in FIRST:
+                        cell = messages.encode_json({"code": code, "store_history": False})
+                        await self._serve_jupyter(_request("execute_request", cell), [])
 
 
-def _as_received(msg_type: str, header: msgspec.Raw, content: bytes) -> messages.ToGuest:
-    """A request that went through encoder and decoder."""
+def _request(msg_type: str, content: bytes) -> messages.ToGuest:
     empty = msgspec.Raw(b"{}")
-    request = messages.ToGuest("shell", "m", msg_type, header, empty, msgspec.Raw(content))
-    return messages.decode(messages.encode_json(request), messages.ToGuest)
+    header = msgspec.Raw(b'{"msg_id":"m","msg_type":"execute_request","session":"s"}')
+    return messages.ToGuest("shell", "m", msg_type, header, empty, msgspec.Raw(content))
 
 
 def is_emulated() -> bool:

@@ -11,7 +11,7 @@ is taken only
 
 * with an IPython and an ipykernel whose functions are, to the letter, those it was copied from,
 * as long as nobody has replaced one of them,
-* for a cell that awaits nothing, in the main shell, that is not silent and is kept in the history.
+* for a cell that awaits nothing, in the main shell, that is not silent.
 
 All else goes the long way, which is in no way changed.
 """
@@ -141,7 +141,7 @@ class Express:
         if (
             type(code) is not str
             or content.get("silent", False) is not False
-            or content.get("store_history", True) is not True
+            or type(content.get("store_history", True)) is not bool
             or content.get("user_expressions")
             or type(content.get("allow_stdin", False)) is not bool
             or _AWAITS.search(code)
@@ -166,7 +166,7 @@ class Express:
         content = parent["content"]
         code = content["code"]
         options = {
-            "store_history": True,
+            "store_history": content.get("store_history", True),
             "user_expressions": content.get("user_expressions", {}),
             "allow_stdin": content.get("allow_stdin", False),
             "cell_meta": parent["metadata"],
@@ -259,7 +259,13 @@ class Express:
     def _run_cell(self, code: str, cell: str, options: dict[str, Any]) -> Any:
         shell = self._shell
         info = ExecutionInfo(
-            code, True, False, True, options["cell_id"], options["cell_meta"], transformed_cell=cell
+            code,
+            options["store_history"],
+            False,
+            True,
+            options["cell_id"],
+            options["cell_meta"],
+            transformed_cell=cell,
         )
         out: Any = sys.stdout
         err: Any = sys.stderr
@@ -302,11 +308,14 @@ class Express:
             put(shell, "last_execution_result", result)
             return result
         count = result.execution_count = shell.execution_count
-        put(shell, "execution_count", count + 1)
+        store = info.store_history
+        if store:
+            put(shell, "execution_count", count + 1)
         history = shell.history_manager
 
         def error_before_exec(error: BaseException) -> Any:
-            history.exceptions[count] = shell._format_exception_for_storage(error)
+            if store:
+                history.exceptions[count] = shell._format_exception_for_storage(error)
             result.error_before_exec = error
             shell.last_execution_succeeded = False
             shell.last_execution_result = result
@@ -314,7 +323,8 @@ class Express:
 
         shell.events.trigger("pre_execute")
         shell.events.trigger("pre_run_cell", info)
-        store = not ("get_ipython().run_line_magic(" in cell and "paste" in cell)
+        if "get_ipython().run_line_magic(" in cell and "paste" in cell:
+            store = False
         if store:
             self._store_inputs(history, count, cell, code)
         if shell.logger.log_active:
