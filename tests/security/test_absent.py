@@ -14,10 +14,12 @@ import pytest
 
 from prerequisites import missing
 from vmhost import RunningVm, VmHost
+from vmkernel.host.start import Label, VmStart
 from vmkernel.settings import Settings
 from vmkernel.vm import absent, sandbox
 from vmkernel.vm.absent import Absent, absent_for, stand_in
 from vmkernel.vm.command import Machine
+from vmkernel.vm.machine import Spawned, spawn
 from vmkernel.vm.sandbox import find_sandbox
 from vmkernel.vm.wall import Wall, enclose
 
@@ -85,7 +87,9 @@ class TestWall:
         assert "LD_LIBRARY_PATH" in argv_of(around, machine)
         template = msgspec.structs.replace(machine, incoming=False, ram_share=True)
         bare = msgspec.structs.replace(around, bwrap="")
-        for argv in (argv_of(around, template), argv_of(bare, machine)):
+        kvm = msgspec.structs.replace(machine, accelerator="kvm")
+        cases = ((around, template), (bare, machine), (around, kvm))
+        for argv in (argv_of(*case) for case in cases):
             assert "/absent" not in " ".join(argv)
             assert "LD_LIBRARY_PATH" not in " ".join(argv)
 
@@ -120,6 +124,58 @@ def host(template: str, session_dir: Path) -> Iterator[VmHost]:
         missing(problem)
     yield host
     host.clear()
+
+
+# Calls two bytes: ud2
+CALL = """
+import ctypes, mmap
+page = mmap.mmap(-1, 4096, prot=7)
+page.write(b"\\x0f\\x0b")
+ctypes.CFUNCTYPE(None)(ctypes.addressof(ctypes.c_char.from_buffer(page)))()
+"""
+
+
+async def test_a_call_ends_the_vm_and_the_next_has_all_libraries(host: VmHost) -> None:
+    settings = host.settings()
+    assert find_sandbox(settings, QEMU).wall.absent
+    async with RunningVm(settings) as vm:
+        assert vm.start.record is not None
+        machine, wall = vm.guest.vm.machine, find_sandbox(settings, QEMU).wall
+        assert not vm.guest.vm.process.called_what_is_absent
+    assert find_sandbox(settings, QEMU).wall == wall
+    # Such a call in QEMU's place, and what the owner of the VM then does
+    scratch = os.open(settings.cache_dir, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    spawned = spawn(
+        msgspec.structs.replace(machine, scratch_fd=scratch),
+        settings.state_dir,
+        wall=wall,
+        slot=0,
+        command_line=lambda _: ["/usr/bin/python3", "-I", "-c", CALL],
+    )
+    os.close(scratch)
+    spawned.process.watch()
+    assert await spawned.process.wait() == -signal.SIGILL
+    error = spawned.process.failure("the VM died")
+    assert "the next one has them all" in error.hint
+    start = VmStart(settings, Label())
+    start._guest = _Dead(spawned)  # type: ignore[assignment]
+    await start.close()
+    assert find_sandbox(settings, QEMU).wall == msgspec.structs.replace(
+        wall, absent=(), stand_in=b""
+    )
+    for sock in (spawned.monitor, spawned.kernel, spawned.agent, spawned.control, spawned.console):
+        sock.close()
+    await spawned.process.close()
+
+
+class _Dead:
+    """A guest whose QEMU has ended."""
+
+    def __init__(self, vm: Spawned) -> None:
+        self.vm = vm
+
+    async def close(self) -> None:
+        pass
 
 
 async def test_a_real_clone_has_none_of_them(host: VmHost, found: Absent) -> None:

@@ -35,7 +35,7 @@ from vmkernel.models import ENDED, VmState
 from vmkernel.vm import accel
 from vmkernel.vm.machine import Spawned, spawn
 from vmkernel.vm.qemu import find_qemu
-from vmkernel.vm.sandbox import find_wall
+from vmkernel.vm.sandbox import find_wall, need_libraries
 from vmkernel.vm.template import Spec, Template, ensure_template, find_template
 
 if TYPE_CHECKING:
@@ -285,6 +285,8 @@ class VmStart:
                 self._recorder.stopping()
             if guest is not None:
                 await guest.close()
+                if guest.vm.process.called_what_is_absent:
+                    need_libraries(self.settings, guest.vm.machine.qemu)
         finally:
             # The record comes last: from then on the VM may be started again, by others
             if self.directory is not None:

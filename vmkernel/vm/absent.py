@@ -9,7 +9,9 @@ clone.  What is not there has no holes, either.
 The object has every function of theirs that QEMU refers to, and each is the same instruction,
 which ends the process (ud2).  So a QEMU that needs one after all goes on with no wrong answer.
 ``vm.sandbox`` makes the object once for each QEMU, from QEMU's own tables, and starts a microVM
-with it; a QEMU that does not like it gets its libraries.  ``vm.wall`` puts links to the object, by
+with it; a QEMU that does not like it gets its libraries, and so does each after one that ended by
+such a call (`vm.sandbox.need_libraries`), and each under KVM, where it was never tried.
+``vm.wall`` puts links to the object, by
 the libraries' names, into the directory where the loader looks first.  (It maps an object once,
 whatever its names: glibc, elf/dl-load.c, compares device and inode.)
 

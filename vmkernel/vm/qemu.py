@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     import asyncio
 
 _LOG_CAP = 256 * 1024
+_SIGILL = 4
 _SIGKILL = 9
 _SIGBUS = 7
 _BY_SIGNAL = 128
@@ -242,6 +243,11 @@ class QemuProcess:
         if self._stderr_fd >= 0:
             os.close(self._stderr_fd)
 
+    @property
+    def called_what_is_absent(self) -> bool:
+        """Whether it ended as one does that calls a function of `vm.absent`'s."""
+        return self._enclosed and self.returncode == -_SIGILL
+
     def failure(self, what: str, kind: type[VmError] = VmBootError) -> VmError:
         """An error that says ``what`` failed, how QEMU ended, and QEMU's last words."""
         words = self.log.text(4000).strip()
@@ -257,6 +263,10 @@ class QemuProcess:
         hint = next((todo for sign, todo in _HINTS if sign in words), "")
         if not hint and kind is VmGuestError and self.returncode == -_SIGKILL:
             hint = "Something killed the VM; is the host out of memory? (see `dmesg`)"
+        if self.called_what_is_absent:
+            hint = (
+                "It called a library that VMs are started without here; the next one has them all"
+            )
         if not hint and self.returncode == -_SIGBUS:  # see mmap(2)
             hint = (
                 "The file behind the VM's memory could not grow, or was cut: is the disk full? "

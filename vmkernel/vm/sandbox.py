@@ -35,6 +35,7 @@ from vmkernel.vm.wall import (
 BWRAP = "/usr/bin/bwrap"
 INSTALL_BWRAP = "sudo apt install bubblewrap"
 _FACT = "sandbox"
+_NEEDY = "all_libraries"
 _FORMAT = 3  # of what is kept
 # What QEMU answers without a machine, and what is to be known of it.
 _QUESTION = ("-object", "memory-backend-file,help")
@@ -92,7 +93,8 @@ def find_sandbox(settings: SandboxSettings, qemu: str) -> Sandbox:
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     # The last changes with libraries
     mark = [_FORMAT, _mark(qemu), _mark(BWRAP), boot_id, os.geteuid(), _mark("/etc/ld.so.cache")]
-    known = read_facts(settings.state_dir).get(_FACT)
+    facts = read_facts(settings.state_dir)
+    known = facts.get(_FACT)
     if not (isinstance(known, dict) and known.get("mark") == mark):
         known = {"mark": mark, **_try_out(qemu)}
         if known["lasting"]:
@@ -105,16 +107,17 @@ def find_sandbox(settings: SandboxSettings, qemu: str) -> Sandbox:
         return Sandbox(wall, "it is switched off", "set VMKERNEL_SANDBOX=auto")
     if known["problem"]:
         return Sandbox(wall, str(known["problem"]), str(known["hint"]))
-    return Sandbox(
-        msgspec.structs.replace(
-            wall,
-            bwrap=BWRAP,
-            absent=tuple(known["absent"]),
-            stand_in=a2b_base64(known["stand_in"]),
-        ),
-        "",
-        "",
-    )
+    wall = msgspec.structs.replace(wall, bwrap=BWRAP)
+    if facts.get(_NEEDY) != _mark(qemu):
+        wall = msgspec.structs.replace(
+            wall, absent=tuple(known["absent"]), stand_in=a2b_base64(known["stand_in"])
+        )
+    return Sandbox(wall, "", "")
+
+
+def need_libraries(settings: SandboxSettings, qemu: str) -> None:
+    """Remember of this QEMU that a VM called what was not there: the next has all libraries."""
+    remember(settings.state_dir, {_NEEDY: _mark(qemu)})
 
 
 def _mark(path: str) -> list[Any]:
