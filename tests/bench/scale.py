@@ -29,15 +29,19 @@ from jupyter_client.manager import KernelManager
 
 from vmkernel.bench.figures import percentile
 from vmkernel.bench.memory import Footprint, footprint, processor_seconds
+from vmkernel.bench.measure import TEMPLATE_LIMIT
 from vmkernel.bench.rig import Rig, RigError, Variant
+from vmkernel.bench.subject import KernelFailedError, Subject
 from vmkernel.errors import VmError
 
 STEPS = (1, 2, 5, 10, 20, 50, 100, 150, 200, 300, 500)
-START_LIMIT = 300.0
+START_LIMIT = 90.0
 ANSWER_LIMIT = 30.0
 IDLE_SECONDS = 20.0
 GOAL_ANSWER = 1.0
 GOAL_CPU = 100.0
+MOST_FAILURES = 3
+"""Kernels that may fail to start before the growth is given up; each is told of."""
 SOME = 10
 """Kernels that are asked at each step."""
 
@@ -74,8 +78,11 @@ class Member:
         for request in ("kernel_info_request", "execute_request"):
             self.prepare(request)
             self.send()
-            if not shell.poll(START_LIMIT * 1000):
-                raise ScaleError(f"no answer within {START_LIMIT:g} s")
+            while not shell.poll(1000):
+                if not self.alive:
+                    raise ScaleError("it died as it started")
+                if clock() > begun + START_LIMIT:
+                    raise ScaleError(f"no answer within {START_LIMIT:g} s")
             shell.recv_multipart()
         self.took = clock() - begun
 
@@ -133,12 +140,14 @@ def take(rig: Rig, kernel: str, most: int, say: Say) -> dict[str, Any]:
     """Grow to ``most`` kernels of that name, and look; a failure ends the growth and is told."""
     _want_descriptors()
     variant = Variant.of(kernel)
-    found: dict[str, Any] = {"kernel": kernel, "wanted": most, "steps": []}
+    found: dict[str, Any] = {
+        "kernel": kernel, "wanted": most, "steps": [], "failed_starts": []
+    }  # fmt: skip
     members: list[Member] = []
     context: zmq.Context[Any] = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 4 * most + 100)
     try:
-        _warm(rig, variant, context)
+        Subject.start(rig, kernel, limit=TEMPLATE_LIMIT).kill()  # files and template warm
         if variant.pooled:
             rig.pool.wait_ready()
         found["before"] = _look(rig, [])
@@ -149,14 +158,19 @@ def take(rig: Rig, kernel: str, most: int, say: Say) -> dict[str, Any]:
                     rig.pool.wait_ready()
                 member = Member(rig, variant, context)
                 members.append(member)
-                member.start()
+                try:
+                    member.start()
+                except ScaleError as error:  # somebody may have taken one of its ports
+                    found["failed_starts"].append(f"kernel {len(members)}: {error}")
+                    members.pop().end()
+                    if len(found["failed_starts"]) > MOST_FAILURES:
+                        raise
             found["steps"].append(_step(rig, members, begun, found))
             say(f"scale: {step} kernels, {found['steps'][-1]['start_median']:.2f} s to start one, "
                 f"{found['steps'][-1]['pss_further']:.1f} MiB a further one")  # fmt: skip
-    except (ScaleError, RigError, VmError, OSError) as error:
-        found["ended_by"] = f"kernel {len(members)}: {error}"
+    except (ScaleError, KernelFailedError, RigError, VmError, OSError) as error:
+        found["ended_by"] = f"what kernel {len(members) + 1} met: {error}"
         say(f"scale: {found['ended_by']}")
-        members.pop().end()
     except KeyboardInterrupt:
         found["ended_by"] = "Ctrl-C"
     try:
@@ -169,15 +183,6 @@ def take(rig: Rig, kernel: str, most: int, say: Say) -> dict[str, Any]:
         found["ended_in"] = round(clock() - begun_end, 2)
         context.destroy(0)
     return found
-
-
-def _warm(rig: Rig, variant: Variant, context: zmq.Context[Any]) -> None:
-    """One kernel that does not count: files are cached then, and the template is there."""
-    member = Member(rig, variant, context)
-    try:
-        member.start()
-    finally:
-        member.end()
 
 
 def _step(rig: Rig, members: list[Member], begun: int, found: dict[str, Any]) -> dict[str, Any]:
@@ -315,6 +320,7 @@ def text(found: dict[str, Any]) -> str:
         )
         before = size | {"kernels": step["kernels"]}
     lines.append("")
+    lines += [f"Failed to start, and tried again: {failure}." for failure in found["failed_starts"]]
     if "ended_by" in found:
         lines.append(f"It ended by {found['ended_by']}.")
     if "all" in found:

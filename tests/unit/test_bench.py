@@ -176,7 +176,7 @@ def many(**changes: object) -> dict[str, object]:
         "machine_busy_percent": 5.0, "in_turn_ms": [8.0] * 5, "at_once_ms": [[100.0] * 5],
     }  # fmt: skip
     return {
-        "kernel": OURS, "wanted": 5, "before": look(0, 0.0), "ended_in": 1.0,
+        "kernel": OURS, "wanted": 5, "failed_starts": [], "before": look(0, 0.0), "ended_in": 1.0,
         "steps": [look(1, 90.0), look(5, 250.0)],
         "all": {**data, **changes},
     }  # fmt: skip
