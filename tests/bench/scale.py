@@ -28,8 +28,8 @@ import zmq
 from jupyter_client.manager import KernelManager
 
 from vmkernel.bench.figures import percentile
-from vmkernel.bench.memory import Footprint, footprint, processor_seconds
 from vmkernel.bench.measure import TEMPLATE_LIMIT
+from vmkernel.bench.memory import Footprint, footprint, processor_seconds
 from vmkernel.bench.rig import Rig, RigError, Variant
 from vmkernel.bench.subject import KernelFailedError, Subject
 from vmkernel.errors import VmError
