@@ -39,6 +39,7 @@ from vmkernel.host.descriptors import want_descriptors
 from vmkernel.host.inotify import FileWatch
 from vmkernel.host.keeper import Keeper
 from vmkernel.host.pool import Place
+from vmkernel.image.store import find_image
 from vmkernel.kernel.launch import parse_arguments
 from vmkernel.pool import handover, member
 from vmkernel.pool.request import Request, adopt_environment
@@ -182,7 +183,10 @@ class Stock:
         self.request = request
         """The latest for these settings: what a member starts with"""
         self.asked = time.monotonic()
-        self.keeper: Keeper[Child] = Keeper(self, settings.pool_size, settings.pool_max_idle)
+        # A kernel of another kind takes its environment only when it starts
+        engine = find_image(settings.recipe, settings).recipe.engine
+        size = settings.pool_size if engine == "python" else 0
+        self.keeper: Keeper[Child] = Keeper(self, size, settings.pool_max_idle)
         self._server = server
 
     def __repr__(self) -> str:
