@@ -241,3 +241,14 @@ def test_one_that_dies_with_its_front_end(ready: PoolHost, small_spec: str, tmp_
         front_end.wait()
     assert seconds_until(lambda: not shell.is_running(), 30) < AT_ONCE
     assert seconds_until(lambda: not psutil.pid_exists(record.runner_pid), 30) < AT_ONCE
+
+
+def test_a_kernel_of_another_language_is_forked_only(host: PoolHost, bash_kernel: str) -> None:
+    """Its environment cannot be given to it later, so none waits."""
+    host.fill(bash_kernel, VMKERNEL_RECIPE="bash")
+    assert host.pool()["ready"] == 0
+    kernel = host.kernel(bash_kernel, VMKERNEL_RECIPE="bash", COLUMNS="66")
+    try:
+        assert kernel.run("echo $COLUMNS").stdout == "66\n"
+    finally:
+        kernel.shut_down()

@@ -152,7 +152,7 @@ def _shell(lines: list[bytes], signals: list[int]) -> tuple[int, bytes, str]:
     ours, its = socket.socketpair()
     process = subprocess.Popen(
         ["sh", "-c", handover.SHELL],
-        preexec_fn=lambda: os.dup2(its.fileno(), 3),
+        preexec_fn=lambda: os.dup2(its.fileno(), 3),  # noqa: PLW1509 - no threads here
         close_fds=False,
         stderr=subprocess.PIPE,
         text=True,
