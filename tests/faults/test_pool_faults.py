@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -226,6 +227,44 @@ def test_what_waits_gives_its_slot_to_who_waits_for_one(session_dir: Path, spec:
     finally:
         end(kernel)
         host.cli("pool", "stop")
+    assert seconds_until(lambda: not host.left(), SOON) < SOON
+
+
+def test_a_kernel_that_was_killed_leaves_its_ports_at_once(
+    kernel: Kernel, host: PoolHost, spec: str
+) -> None:
+    for number in range(3):
+        host.fill(spec)
+        kernel.run(f"x = {number}")
+        kernel.manager.restart_kernel(now=True)
+        kernel.wait_ready()
+        assert from_pool(kernel)
+        assert kernel.run("'x' in globals()").result == "False"
+
+
+def test_who_has_other_limits_starts_by_itself(host: PoolHost, spec: str) -> None:
+    """A kernel of the pool has the server's: what holds for a front end is not lost by it."""
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, 300))
+
+    for limit in (lambda: os.nice(5), limit_files):
+        kernel = Kernel(spec, env=host.env, preexec_fn=limit)
+        assert not from_pool(kernel)
+        assert kernel.run("5").result == "5"
+        end(kernel)
+    assert host.ready() == 1
+
+
+def test_the_server_keeps_no_secrets(
+    session_dir: Path, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = PoolHost(session_dir)
+    monkeypatch.setenv("SECRET_TOKEN", "of the first notebook")
+    server = host.fill(spec)
+    waiting = psutil.Process(host.waiting().runner_pid)
+    assert "SECRET_TOKEN" not in server.environ() | waiting.environ()
+    host.cli("pool", "stop")
     assert seconds_until(lambda: not host.left(), SOON) < SOON
 
 

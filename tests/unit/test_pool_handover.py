@@ -15,6 +15,7 @@ import pytest
 
 from vmkernel.pool import handover
 from vmkernel.pool.request import Request
+from vmkernel.pool.surroundings import surroundings
 from vmkernel.settings import default_dir
 
 PYTHON, LAUNCHER = "/v/bin/python", "/v/lib/vmkernel/pool/launcher.py"
@@ -178,3 +179,25 @@ def test_the_shell_passes_signals_on_and_ends_as_the_kernel() -> None:
     assert status == 1
     assert "has died" in said
     assert _shell([], [signal.SIGINT])[0] == 1
+
+
+def test_what_a_process_inherits_is_told_apart() -> None:
+    def of(change: str) -> object:
+        child = subprocess.Popen(
+            [sys.executable, "-c", f"import os, resource; {change}; print(flush=True); input()"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert child.stdout is not None
+        child.stdout.readline()
+        found = surroundings(child.pid)
+        child.communicate("\n")
+        return found
+
+    ours = surroundings(os.getpid())
+    assert ours is not None
+    assert ours == of("pass")
+    assert ours == of("resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, -1))")  # as a kernel does
+    assert ours != of("os.nice(1)")
+    assert ours != of("resource.setrlimit(resource.RLIMIT_CPU, (1000, 1000))")
+    assert ours != of("resource.setrlimit(resource.RLIMIT_DATA, (1 << 30, 1 << 30))")
+    assert surroundings(0) is None

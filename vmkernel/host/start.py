@@ -260,6 +260,7 @@ class VmStart:
             "connection_file": label.connection_file,
             "notebook": label.notebook,
             "task_id": label.task_id,
+            "created": time.time(),  # the age that people ask for is the kernel's
         }
         if self.record is not None:
             self.record = msgspec.structs.replace(self.record, **told)

@@ -15,6 +15,7 @@ import hmac
 import json
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -39,6 +40,8 @@ BOUND = {
     "hb": zmq.ROUTER,
 }
 """What is bound, in the order of the launcher's ports."""
+PORT_PATIENCE = 2.0
+"""Seconds for which a port may be taken by the kernel before this one, which was just killed."""
 LARGE = 16 << 10
 """Bytes from which on a part of a message is not copied, and its way followed to its end.  Smaller
 ones are bounded by ZeroMQ's own limit: 1,000 messages for each front end."""
@@ -197,11 +200,18 @@ class Sockets:
             sock.curve_server = True
         port = int(self.info[f"{name}_port"])
         if self.info.get("transport", "tcp") == "ipc":
-            sock.bind(f"ipc://{self.info['ip']}-{port}")
+            address = f"ipc://{self.info['ip']}-{port}"
         else:
             address = f"tcp://{self.info['ip']}:{port}" if port else f"tcp://{self.info['ip']}:*"
-            sock.bind(address)
-        return sock
+        end = time.monotonic() + PORT_PATIENCE
+        while True:
+            try:
+                sock.bind(address)
+                return sock
+            except zmq.ZMQError as error:
+                if error.errno != zmq.EADDRINUSE or time.monotonic() > end:
+                    raise
+            time.sleep(0.02)  # there is nothing to serve yet
 
     # --- in ---
 
@@ -425,6 +435,12 @@ class Sockets:
     def stderr(self, text: str, parent: bytes) -> None:
         """Show text of our own in the output of the request with header ``parent``."""
         self.publish("stream", {"name": "stderr", "text": text}, parent)
+
+    def abandon(self) -> None:
+        """Close at once, as when the process had been killed."""
+        for sock in self._sockets.values():
+            sock.linger = 0
+        self.close()
 
     def close(self) -> None:
         """Send what is queued (for at most a second), then close."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmkernel.pool import handover
+from vmkernel.pool.request import plain_environment
 
 if TYPE_CHECKING:
     from vmkernel.settings import Settings
@@ -19,7 +20,10 @@ LOG_CAP = 1 << 20
 
 
 def want(path: bytes, arguments: list[str]) -> bool:
-    """Ask for a member for kernels like this one, soon; whether there is a server to ask."""
+    """Ask for a member for kernels like this one, soon; whether a server has heard it.
+
+    One that has heard it may keep none for kernels like this one.
+    """
     try:
         sock = handover.connect(path)
     except (OSError, ValueError):
@@ -28,11 +32,13 @@ def want(path: bytes, arguments: list[str]) -> bool:
         request = handover.pack(arguments, dict(os.environb))
         try:
             handover.send(sock, handover.WANTED, [request])
+            return bool(sock.recv(1))  # nothing: it is about to end
+        except TimeoutError:  # it hangs
+            return True
         except OSError:
             return False
         finally:
             os.close(request)
-    return True
 
 
 def ask(path: bytes, kind: bytes) -> dict[str, Any] | None:
@@ -75,7 +81,7 @@ def start_server(path: bytes, arguments: list[str], settings: Settings) -> None:
             ["sh", "-c", '"$@" &', "sh", sys.executable, "-P", "-m", "vmkernel.pool",
              os.fsdecode(path)],
             # One arena for all threads: glibc would give each its own, in each member
-            {**os.environ, "MALLOC_ARENA_MAX": "1"},
+            {**plain_environment(os.environ), "MALLOC_ARENA_MAX": "1"},
             setsid=True,
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, request, 3),  # a shell gives its background no stdin
@@ -102,5 +108,8 @@ def remove_stale(path: Path) -> None:
 
 
 def sockets_of(settings: Settings) -> list[Path]:
-    """The sockets of all pools of this user's ``runtime_dir``, also of those that have died."""
-    return sorted(path for path in settings.runtime_dir.glob("pool-*") if path.is_socket())
+    """The sockets of all pools of this user, also of those that have died."""
+    place = os.fsdecode(handover.place(dict(os.environb), "", ""))
+    directories = {settings.runtime_dir, Path(place).parent} if place else {settings.runtime_dir}
+    found = (path for directory in directories for path in directory.glob("pool-*"))
+    return sorted(path for path in found if path.is_socket())

@@ -158,23 +158,12 @@ def _value(data: bytes, name: bytes) -> bytes:
     return rest[1:].replace(b"}", b",").split(b",", 1)[0].strip()
 
 
-def _stdio() -> list[int]:
-    fds = []
-    for fd in (0, 1, 2):
-        try:
-            posix.fstat(fd)
-        except OSError:
-            fd = posix.open("/dev/null", posix.O_RDWR)
-        fds.append(fd)
-    return fds
-
-
 def _hand_over(path: bytes, listeners: list[int]) -> None:
     """Let a pool member be the kernel; returns when there is none that would."""
     import _signal  # type: ignore[import-not-found]
 
     sock = connect(path)
-    send(sock, KERNEL, [pack(sys.argv[1:], posix.environ), *_stdio(), *listeners])
+    send(sock, KERNEL, [pack(sys.argv[1:], posix.environ), 0, 1, 2, *listeners])
     if sock.recv(1) != TAKEN or not posix.access("/bin/sh", posix.X_OK):
         return
     if sock.fileno() == 3:
@@ -198,6 +187,9 @@ def main(launcher: str) -> None:
 
     # An interrupt has nothing to interrupt yet
     _signal.signal(_signal.SIGINT, _signal.SIG_IGN)
+    while (fd := posix.open("/dev/null", posix.O_RDWR)) < 3:  # where stdio is closed
+        posix.set_inheritable(fd, True)
+    posix.close(fd)
     path = b""
     listeners = listen(sys.argv)
     try:

@@ -47,8 +47,10 @@ MOST_WORDS = 4000
 PING_SECONDS = 30.0
 """How often a member that waits asks its guest's agent for a sign of life."""
 PING_PATIENCE = 10.0
-REHEARSAL = ("print(end='')", "1+1")
+REHEARSAL = ("1+1",)
 """Cells that its guest runs first, silently: under emulation their code is translated then."""
+WARM_UP = 0.1
+"""Seconds after which a guest that is not used begins to warm itself up (`guest.engine`)."""
 NOBODYS = Label(task_id="pool", env={})
 """Of a VM that waits.  Its guest has nothing of the environment of a kernel before."""
 QUIET_NICE = 10
@@ -107,7 +109,7 @@ class _Member:
 
     async def wait(self) -> int:
         """Have a VM ready until a launcher comes."""
-        quiet = _stand_back()
+        nice = _stand_back()
         try:
             begun = begin(self._settings, NOBODYS)
         except (VmError, OSError) as error:
@@ -131,13 +133,14 @@ class _Member:
         try:
             rehearsal = supply.owner = _Rehearsal(self._end)
             guest = await self._unless_over(supply.guest(None))
-            # Also what the hand-over will ask of it
+            await self._unless_over(asyncio.sleep(WARM_UP))
+            # What the hand-over will ask of it; answered when the warm-up is over
             await self._unless_over(guest.set_environment({}, self._settings.start_timeout))
             await self._unless_over(guest.vm.agent.call(messages.SetClock(time.time_ns())))
             await self._unless_over(rehearsal.run(guest))
             supply.owner = wrapper
-            if quiet:
-                _come_forward(guest.vm.process.qemu_pid)
+            if nice is not None:
+                _come_forward(guest.vm.process.qemu_pid, nice)
             wrapper.prepare()
             self._say(READY, begun.template.manifest.key)
             wrapper.on_idle_death = self._end
@@ -287,6 +290,8 @@ class _Member:
             letters = b""
         if not letters:
             asyncio.get_running_loop().remove_reader(connection)
+            # Whoever starts the kernel anew wants its ports: they are free as after any kill
+            self._wrapper.sockets.abandon()
             self._wrapper.stop(1)
         if handover.INTERRUPT in letters:
             self._wrapper.interrupt()
@@ -350,20 +355,21 @@ def _tell_status(connection: socket.socket, status: int) -> int:
     return status
 
 
-def _stand_back() -> bool:
-    """Take low priority, if there is a way back."""
-    if os.geteuid() and resource.getrlimit(resource.RLIMIT_NICE)[0] < 20:
-        return False
-    os.setpriority(os.PRIO_PROCESS, 0, QUIET_NICE)
-    return True
+def _stand_back() -> int | None:
+    """Take low priority, if there is a way back to what we had; that."""
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    if os.geteuid() and resource.getrlimit(resource.RLIMIT_NICE)[0] < 20 - nice:
+        return None
+    os.setpriority(os.PRIO_PROCESS, 0, min(19, nice + QUIET_NICE))
+    return nice
 
 
-def _come_forward(qemu_pid: int) -> None:
+def _come_forward(qemu_pid: int, nice: int) -> None:
     """Give this process, whose priority QEMU has inherited, and QEMU the usual one."""
     with contextlib.suppress(OSError):
-        threads = [0, *(int(name) for name in os.listdir(f"/proc/{qemu_pid}/task"))]  # noqa: PTH208
-        for thread in threads:
-            os.setpriority(os.PRIO_PROCESS, thread, 0)
+        for process in (os.getpid(), qemu_pid):
+            for thread in os.listdir(f"/proc/{process}/task"):  # noqa: PTH208
+                os.setpriority(os.PRIO_PROCESS, int(thread), nice)
 
 
 def finish(status: int) -> None:

@@ -10,6 +10,8 @@ import msgspec
 
 from vmkernel.pool import handover
 
+_PLAIN = frozenset("PATH HOME USER LOGNAME SHELL LANG TMPDIR DBUS_SESSION_BUS_ADDRESS".split())
+_PLAIN_PREFIXES = ("VMKERNEL_", "XDG_", "LC_", "PYTHON", "LD_")
 MOST = 16 << 20
 """Bytes of a request; the kernel of the host allows some 6 MiB of arguments and environment."""
 
@@ -40,11 +42,24 @@ class Request(msgspec.Struct, frozen=True):
             int(parts[1]),
         )
 
+    def plain(self) -> Request:
+        """The same with no more of the environment than settings and QEMU's start depend on."""
+        return msgspec.structs.replace(self, environ=plain_environment(self.environ))
+
     def adopt(self) -> None:
         """Be in the place of the process that this came from.  Raises OSError."""
         adopt_environment(self.environ)
         os.umask(self.umask)
         os.chdir(self.directory)
+
+
+def plain_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What a process that serves several kernels may keep: a token of one is no other's."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name in _PLAIN or name.startswith(_PLAIN_PREFIXES)
+    }
 
 
 def adopt_environment(environ: Mapping[str, str]) -> None:

@@ -43,6 +43,7 @@ from vmkernel.image.store import find_image
 from vmkernel.kernel.launch import parse_arguments
 from vmkernel.pool import handover, member
 from vmkernel.pool.request import Request, adopt_environment
+from vmkernel.pool.surroundings import surroundings
 from vmkernel.settings import (
     Settings,
     dump_settings,
@@ -277,6 +278,7 @@ class Server:
         self.loop = asyncio.get_event_loop_policy().get_event_loop()
         self._listener = listener
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._surroundings = surroundings(os.getpid())
         self._code = _newest_code()
         self._code_seen = time.monotonic()
         self._kernel_seen = time.monotonic()
@@ -324,16 +326,22 @@ class Server:
         fds: list[int] = []
         try:
             connection.setblocking(False)
-            if not _is_of_ours(connection):
+            peer = _peer(connection)
+            if not peer:
                 return
             async with asyncio.timeout(handover.PATIENCE):
                 await _readable(self.loop, connection)
             kind, fds, _, _ = socket.recv_fds(connection, 1, 9)
             if not self._is_current():
                 self.stop()
+            elif kind in (handover.KERNEL, handover.WANTED) and (
+                surroundings(peer) != self._surroundings
+            ):
+                connection.send(handover.REFUSED)  # it would lose, or escape, what holds for it
             elif kind == handover.KERNEL and len(fds) in (4, 9):
                 await self._on_kernel(connection, fds)
             elif kind == handover.WANTED and len(fds) == 1:
+                connection.send(handover.TAKEN)
                 self.wanted(Request.read(fds[0]))
             elif kind in (handover.STATUS, handover.STOP):
                 answer = json.dumps(self.statistics()).encode()
@@ -406,10 +414,10 @@ class Server:
         key = msgspec.json.encode([dump_settings(settings), qemu])
         stock = self.stocks.pop(key, None)
         if stock is None:
-            stock = Stock(self, settings, request)
+            stock = Stock(self, settings, request.plain())
             stock.keeper.begin()
         self.stocks[key] = stock  # the latest is the last
-        stock.request = request
+        stock.request = request.plain()
         stock.asked = time.monotonic()
         while len(self.stocks) > MOST_STOCKS:
             self._forget(next(iter(self.stocks)))
@@ -486,21 +494,13 @@ class Server:
         self.loop.call_later(0.05, self.loop.stop)  # the answer to who asked for it goes out
 
 
-def _is_of_ours(connection: socket.socket) -> bool:
-    """Whether the other end is this user's, in the same place: its kernel can be served here."""
+def _peer(connection: socket.socket) -> int:
+    """The other end's process; 0 when it is not this user's."""
     size = struct.calcsize("3i")
     pid, uid, _ = struct.unpack(
         "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
     )
-    if uid != os.geteuid() or pid <= 0:
-        return False
-    try:  # a container that shares the directory has a network of its own
-        return all(
-            Path(f"/proc/{pid}/ns/{name}").readlink() == Path(f"/proc/self/ns/{name}").readlink()
-            for name in ("net", "mnt", "pid", "user")
-        )
-    except OSError:
-        return False
+    return int(pid) if uid == os.geteuid() else 0
 
 
 async def _readable(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
@@ -576,6 +576,8 @@ def _close_all_but(keep: set[int]) -> None:
 def _fork(
     server: Server, job: Callable[[socket.socket], int], child: asyncio.Future[Child]
 ) -> None:
+    if child.cancelled():  # given up before it began
+        return
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         pid = os.fork()
@@ -588,8 +590,8 @@ def _fork(
         status = 70
         try:
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, signal.SIG_DFL)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_DFL)  # a shell's background ignores two of them
             _close_all_but({theirs.fileno(), *getattr(job, "fds", ())})
             status = job(theirs)
         except BaseException:
@@ -609,10 +611,15 @@ def _begin(path: bytes) -> socket.socket | None:
     lock = os.open(
         directory / (Path(os.fsdecode(path)).name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600
     )
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
-    except OSError:
-        return None
+    end = time.monotonic() + END_PATIENCE + 1
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held until this process ends
+            break
+        except OSError:  # another serves, or is about to end
+            if time.monotonic() > end or Path(os.fsdecode(path)).is_socket():
+                return None
+            time.sleep(0.05)
     with contextlib.suppress(FileNotFoundError):
         Path(os.fsdecode(path)).unlink()  # of one that was killed
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
