@@ -65,6 +65,10 @@ class Port(asyncio.Protocol):
         self._broken = False
         self._arrived: deque[bytearray] = deque()
         """Whole messages that were not handled yet: of one read at most"""
+        self._outgoing: deque[frames.Piece] = deque()
+        """What asyncio has not been given yet: it copies what it keeps (before Python 3.12)"""
+        self._outgoing_bytes = 0
+        self._choked = False
         self._pauses: set[str] = set()
         self._handling: asyncio.Handle | None = None
 
@@ -102,7 +106,9 @@ class Port(asyncio.Protocol):
     @property
     def unsent(self) -> int:
         """Bytes that the guest has not taken yet."""
-        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+        if self._transport is None:
+            return 0
+        return self._outgoing_bytes + self._transport.get_write_buffer_size()
 
     @property
     def pending(self) -> int:
@@ -133,13 +139,27 @@ class Port(asyncio.Protocol):
                 f"the guest does not read its port {self.name!r}: {self.unsent} bytes wait for it",
                 hint="interrupt what runs in it, or restart the kernel",
             )
-        self._transport.writelines(pieces)
+        size = sum(map(len, pieces))
+        if size > 2 * frames.MAX_FRAME:
+            self._outgoing += pieces
+        else:
+            self._outgoing.append(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        self._outgoing_bytes += size
+        self._write()
+
+    def _write(self) -> None:
+        """Hand pieces over until the guest is behind; a large message is kept where it lies."""
+        while self._outgoing and not self._choked and self._transport is not None:
+            piece = self._outgoing.popleft()
+            self._outgoing_bytes -= len(piece)
+            self._transport.write(piece)
 
     def resync(self, marker: bytes) -> None:
         """Begin anew with a process that replaces the guest's dead one (same stream)."""
         if self._transport is not None:
             self._broken = False
             self._arrived.clear()
+            self._drop_outgoing()  # the guest skips what it has got of it
             self._reader.resync(marker)
             self._transport.write(marker)
             self._regulate()
@@ -226,7 +246,12 @@ class Port(asyncio.Protocol):
     def _forget(self) -> None:
         """Let go of what has come: it may be large, and a VM's end takes a while."""
         self._arrived.clear()
+        self._drop_outgoing()
         self._reader = frames.FrameReader(self._max_message)
+
+    def _drop_outgoing(self) -> None:
+        self._outgoing.clear()
+        self._outgoing_bytes = 0
 
     def _regulate(self) -> None:
         """Read when there is no reason to wait and nothing that came before."""
@@ -242,15 +267,20 @@ class Port(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """More than asyncio's high-water mark (64 KiB) waits to be sent."""
+        self._choked = True
         self.on_congested(True)
 
     def resume_writing(self) -> None:
         """The peer has caught up."""
-        self.on_congested(False)
+        self._choked = False
+        self._write()
+        if not self._choked:
+            self.on_congested(False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is closed, by us or by QEMU's end."""
         self._transport = None
+        self._drop_outgoing()
         while self._arrived:  # it came before the end
             self._hand_on()
         if not self._broken:
