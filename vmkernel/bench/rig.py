@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vmkernel.bench.memory import is_history
-from vmkernel.host.registry import Registry
+from vmkernel.host.registry import Registry, VmRecord
 from vmkernel.settings import FIELDS, load_settings
 
 POOL = "+pool"
@@ -32,6 +32,8 @@ READY_LIMIT = 120.0
 MORE_VMS = 1024
 """Slots: how many kernels there are is the benchmark's business."""
 _GOODBYE = 5.0
+_ON_RECORD = 3.0
+"""Seconds that a VM may take to be on record; it runs before."""
 
 
 class RigError(Exception):
@@ -110,14 +112,16 @@ class Rig:
         """Those of one kernel: of the process *pid* that the front end started, and of the wrapper
         kernel, which is no descendant of it when it comes from the pool."""
         roots = [pid]
-        settings = load_settings()
-        if settings.database_file.exists():
-            with Registry(settings) as registry:
-                records = [status.record for status in registry.list()]
-            for record in records:
-                if record.connection_file == connection_file:
-                    roots += [found for found in (record.runner_pid, record.qemu_pid) if found]
+        for record in _records(connection_file):
+            roots += [found for found in (record.runner_pid, record.qemu_pid) if found]
         return _descendants(roots, _parents())
+
+    def came_from_pool(self, pid: int, connection_file: str) -> bool:
+        """Whether the kernel is another process than that which the front end started."""
+        end = time.monotonic() + _ON_RECORD
+        while not (records := _records(connection_file)) and time.monotonic() < end:
+            time.sleep(0.05)
+        return any(record.runner_pid not in (None, pid) for record in records)
 
     def settle(self, limit: float = 40.0) -> float:
         """Wait until what ends by itself has ended.  Returns the seconds waited.
@@ -207,6 +211,16 @@ class Pool:
             said = (done.stderr.strip().splitlines() or ["no word of it"])[-1]
             raise RigError(f"`vmkernel pool {words[0]}` failed: {said}")
         return done.stdout
+
+
+def _records(connection_file: str) -> list[VmRecord]:
+    """The VMs on record that serve this kernel."""
+    settings = load_settings()
+    if not settings.database_file.exists():
+        return []
+    with Registry(settings) as registry:
+        records = [status.record for status in registry.list()]
+    return [record for record in records if record.connection_file == connection_file]
 
 
 def _parents() -> dict[int, int]:

@@ -75,6 +75,7 @@ class Subject:
             subject._client = subject._manager.client()
             subject._client.start_channels()
             subject._first_result(limit)
+            subject._check_pool()
         except BaseException:
             subject.kill()
             raise
@@ -83,6 +84,14 @@ class Subject:
     def _wait_pool(self) -> None:
         if self._variant.pooled:
             self._rig.pool.wait_ready()
+
+    def _check_pool(self) -> None:
+        """A start that was to be the pool's and was not does not count."""
+        launched = int(self._manager.provisioner.pid)
+        if self._variant.pooled and not self._rig.came_from_pool(
+            launched, self._manager.connection_file
+        ):
+            raise KernelFailedError("the pool handed no kernel over, though one was ready")
 
     def _first_result(self, limit: float) -> None:
         begun = self.spawned_at
