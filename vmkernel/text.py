@@ -40,6 +40,7 @@ _UP = re.compile("\x1b\\[([0-9]{0,4})A")
 _COSMETIC = re.compile(
     "\x1b\\[[?>=<][0-?]*[ -/]*[A-Za-z]|\x1b[()*+][0-~]|\x1b[=>\\\\]|[\x00-\x07\x0e-\x1f\x7f]"
 )
+_PIECE = 1 << 17
 _HALF_LIMIT = 256
 """Characters of an unfinished sequence that are kept until its rest comes."""
 
@@ -150,11 +151,14 @@ class TerminalFilter:
 
 def is_harmless(text: str) -> bool:
     """Whether there is nothing in it that a terminal obeys; a quick scan."""
-    if text.isascii():
-        data = text.encode()
-        # Half the time of a regular expression's search.
-        return len(data.translate(None, _OBEYED_ASCII)) == len(data)
-    return _OBEYED.search(text) is None
+    if not text.isascii():
+        return _OBEYED.search(text) is None
+    # Half the time of a regular expression's search; piece by piece, the copies stay in the cache.
+    for at in range(0, len(text), _PIECE):
+        data = text[at : at + _PIECE].encode()
+        if len(data.translate(None, _OBEYED_ASCII)) != len(data):
+            return False
+    return True
 
 
 def terminal_text(text: str) -> str:
