@@ -144,6 +144,9 @@ def test_a_member_that_hangs_is_not_waited_for(host: PoolHost, spec: str) -> Non
     kernel = Kernel(spec, env=host.env)
     assert not from_pool(kernel)
     assert kernel.run("2").result == "2"
+    kernel.manager.restart_kernel()  # who does not answer must not have its ports
+    kernel.wait_ready()
+    assert kernel.run("3").result == "3"
     member.resume()
     # It finds that its launcher has gone, and ends
     assert seconds_until(lambda: not member.is_running(), SOON) < SOON

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vmkernel import trace
 from vmkernel.errors import VmError, VmExpiredError, VmGuestError
 from vmkernel.host.start import Label, Started, VmStart, environment
 from vmkernel.vm.oddities import Oddities
@@ -31,6 +32,8 @@ log = logging.getLogger("vmkernel")
 Show = Callable[[str], None]
 OLD_NEWS = 2.0
 """Seconds after which a failed start that nobody has heard of may be tried again."""
+ADOPT_SECONDS = 10.0
+"""How long a guest that waited may take to be a kernel's: else it is replaced."""
 CLOCK_SLACK = 0.5
 """Seconds by which the clocks' difference may change before the guest's clock is set again."""
 
@@ -320,7 +323,7 @@ class GuestSupply:
         """Give a guest that waited its kernel's environment, fresh entropy and the right time."""
         from vmkernel.protocol import messages
 
-        timeout = self._settings.start_timeout
+        timeout = min(ADOPT_SECONDS, self._settings.start_timeout)
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(guest.set_environment(environment(self._label), timeout))
@@ -335,6 +338,7 @@ class GuestSupply:
             self._replacing = False
         if self._start is None:
             return await self._bring_up()
+        trace.mark("guest told whose it is")
         self._clock = time.time() - time.monotonic()
         self.current = guest
         self._set_limits()

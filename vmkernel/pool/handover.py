@@ -163,15 +163,16 @@ def _hand_over(path: bytes, listeners: list[int]) -> None:
     import _signal  # type: ignore[import-not-found]
 
     sock = connect(path)
-    send(sock, KERNEL, [pack(sys.argv[1:], posix.environ), 0, 1, 2, *listeners])
+    send(sock, KERNEL, [pack(sys.argv[1:], posix.environ), 0, 1, 2])
     if sock.recv(1) != TAKEN or not posix.access("/bin/sh", posix.X_OK):
         return
-    if sock.fileno() == 3:
-        posix.set_inheritable(3, True)
-    else:
-        posix.dup2(sock.fileno(), 3)
-    sock.sendall(CONFIRMED)
+    # Only now: who has not answered must not have our ports, or no later kernel would get them
+    send(sock, CONFIRMED, listeners)
     try:  # from here on the kernel is the member's
+        if sock.fileno() == 3:
+            posix.set_inheritable(3, True)
+        else:
+            posix.dup2(sock.fileno(), 3)
         sock.settimeout(None)  # it is the shell's open file, too
         for number in (_signal.SIGINT, _signal.SIGTERM):
             _signal.signal(number, _signal.SIG_DFL)  # no shell can trap what it finds ignored

@@ -58,7 +58,7 @@ log = logging.getLogger("vmkernel.pool")
 
 REFILL_AFTER = 1.5
 """Seconds after a hand-over before the pool fills again: the new kernel has the processors."""
-HOPE_SECONDS = 0.6
+HOPE_SECONDS = 0.8
 """How long a launcher may wait for a member that is starting; it is patient for a second."""
 END_PATIENCE = 3.0
 """Seconds that a member has to end by itself."""
@@ -331,14 +331,14 @@ class Server:
                 return
             async with asyncio.timeout(handover.PATIENCE):
                 await _readable(self.loop, connection)
-            kind, fds, _, _ = socket.recv_fds(connection, 1, 9)
+            kind, fds, _, _ = socket.recv_fds(connection, 1, 4)
             if not self._is_current():
                 self.stop()
             elif kind in (handover.KERNEL, handover.WANTED) and (
                 surroundings(peer) != self._surroundings
             ):
                 connection.send(handover.REFUSED)  # it would lose, or escape, what holds for it
-            elif kind == handover.KERNEL and len(fds) in (4, 9):
+            elif kind == handover.KERNEL and len(fds) == 4:
                 await self._on_kernel(connection, fds)
             elif kind == handover.WANTED and len(fds) == 1:
                 connection.send(handover.TAKEN)
@@ -398,7 +398,10 @@ class Server:
         if stock is not None:
             stock.keeper.last_error = None  # whatever was in the way, it is tried again
             stock.keeper.pool.used()
-            stock.keeper.pool.postpone(float("-inf"))
+            # A kernel that is restarted on a full host needs the very slot that it gives back
+            now = time.monotonic()
+            with contextlib.suppress(VmError):
+                stock.keeper.pool.postpone(now if stock.slots().free else now + REFILL_AFTER)
             stock.keeper.poke()
 
     def _stock(self, request: Request) -> Stock | None:
