@@ -355,6 +355,7 @@ class Engine:
             history = self.kernel.shell.history_manager
             history.outputs.pop(0, None)  # of a cell that has no number
             history.output_hist_reprs.pop(0, None)
+            self.kernel.shell.last_execution_result = None
             for name in ("last_type", "last_value", "last_traceback", "last_exc"):
                 vars(sys).pop(name, None)
 
