@@ -178,7 +178,8 @@ def _hand_over(path: bytes, listeners: list[int]) -> None:
             _signal.signal(number, _signal.SIG_DFL)  # no shell can trap what it finds ignored
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT, _signal.SIGTERM])
         posix.execve("/bin/sh", ["sh", "-c", SHELL, "vmkernel", *sys.argv[1:]], posix.environ)
-    finally:
+    finally:  # the kernel ends with this process
+        posix.write(2, b"vmkernel: no shell could be started to stand for the kernel\n")
         posix._exit(1)
 
 
