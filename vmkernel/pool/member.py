@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -48,10 +48,12 @@ MOST_WORDS = 4000
 PING_SECONDS = 30.0
 """How often a member that waits asks its guest's agent for a sign of life."""
 PING_PATIENCE = 10.0
-REHEARSAL = ("1+1",)
-"""Cells that its guest runs first, silently: under emulation their code is translated then."""
 REHEARSALS = 3
-"""How often the hand-over is: the second one took 50 ms, the third 8, the fourth 3."""
+"""How often the hand-over is rehearsed: under emulation the first takes 50 ms, the third 8.
+
+No cell is: a guest that has served a request is given new random numbers by numpy's and OpenSSL's
+own code, not by a few writes (`guest.wake`), which costs 10 MiB of translated code and memory.
+"""
 WARM_UP = 0.1
 """Seconds after which a guest that is not used begins to warm itself up (`guest.engine`)."""
 NOBODYS = Label(task_id="pool", env={})
@@ -134,12 +136,10 @@ class _Member:
         loop.add_reader(self._control, self._on_control)
         ping: asyncio.Task[None] | None = None
         try:
-            rehearsal = supply.owner = _Rehearsal(self._end)
+            supply.owner = _Watcher(self._end)
             guest = await self._unless_over(supply.guest(None))
             await self._unless_over(asyncio.sleep(WARM_UP))
             # What the hand-over will ask of it; answered when the warm-up is over
-            await self._unless_over(self._rehearse_hand_over(guest))
-            await self._unless_over(rehearsal.run(guest))
             await self._unless_over(self._rehearse_hand_over(guest))
             supply.owner = wrapper
             if nice is not None:
@@ -226,7 +226,8 @@ class _Member:
         while True:
             await asyncio.sleep(PING_SECONDS)
             try:
-                await guest.vm.agent.call(messages.Stats(), PING_PATIENCE)
+                # Its code was run already, and the clock is right when somebody comes
+                await guest.vm.agent.call(messages.SetClock(time.time_ns()), PING_PATIENCE)
             except VmError as error:
                 self._end(error)
                 return
@@ -314,42 +315,15 @@ class _OverError(Exception):
     """The member is to end."""
 
 
-class _Rehearsal:
-    """Hears the guest while it runs the cells of `REHEARSAL`."""
+class _Watcher:
+    """Hears the guest until it is somebody's: it has nothing to say but that it is no more."""
 
-    def __init__(self, end: Any) -> None:
+    def __init__(self, end: Callable[[VmError | None], None]) -> None:
         self._end = end
-        self._idle: dict[str, asyncio.Future[None]] = {}
-
-    async def run(self, guest: Guest) -> None:
-        """Raises VmError."""
-        for number, code in enumerate(REHEARSAL):
-            msg_id = f"rehearsal-{number}"
-            header = {"msg_id": msg_id, "msg_type": "execute_request", "session": "pool"}
-            content = {
-                "code": code, "silent": True, "store_history": False,
-                "user_expressions": {}, "allow_stdin": False,
-            }  # fmt: skip
-            self._idle[msg_id] = asyncio.get_running_loop().create_future()
-            empty = msgspec.Raw(b"{}")
-            guest.send(
-                messages.ToGuest(
-                    "shell",
-                    msg_id,
-                    "execute_request",
-                    msgspec.Raw(messages.encode_json(header)),
-                    empty,
-                    msgspec.Raw(messages.encode_json(content)),
-                )
-            )
-            await self._idle[msg_id]
 
     def on_output(self, message: messages.FromGuest, buffers: Sequence[memoryview]) -> bool:
-        """Wait for the end of each cell."""
-        idle = self._idle.get(message.parent_id)
-        if message.msg_type == "status" and idle is not None and not idle.done():
-            idle.set_result(None)
-        return idle is None
+        """Nobody has asked."""
+        return True
 
     def on_kernel_death(self, death: KernelDeath) -> None:
         """A guest kernel that dies of nothing is no good."""
