@@ -54,6 +54,7 @@ class Foreground:
         self.failure: VmError | None = None
         """Why the work is ended, where that is no signal"""
         self._ended_by = 0
+        self._settled = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[Any] | None = None
         self._interrupting: set[asyncio.Future[None]] = set()
@@ -70,9 +71,13 @@ class Foreground:
                     raise Ended(self._ended_by or signal.SIGINT) from None
                 raise
 
+    def settle(self) -> None:
+        """What the work was to make is there, and stays: from now on no signal ends it early."""
+        self._settled = True
+
     def end(self, number: int) -> None:
         """Cancel the work as if this signal had come; from the loop's thread."""
-        if not self._ended_by:
+        if not self._ended_by and not self._settled:
             self._ended_by = number
             self.on_end()
             if self._task is not None:
@@ -105,7 +110,7 @@ class Foreground:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self._settled else handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._loop is None:

@@ -36,7 +36,7 @@ def start(name: str, vm: VmOptions, as_json: bool, quiet: bool) -> None:
 
     foreground = Foreground()
     try:
-        record = foreground.run(lambda: _start(name, vm, quiet))
+        record = foreground.run(lambda: _start(name, vm, quiet, foreground.settle))
     except Ended as end:
         sys.exit(128 + end.number)
     if as_json:
@@ -45,7 +45,9 @@ def start(name: str, vm: VmOptions, as_json: bool, quiet: bool) -> None:
         click.echo(record.vm_id)
 
 
-async def _start(name: str, options: VmOptions, quiet: bool) -> VmRecord:
+async def _start(
+    name: str, options: VmOptions, quiet: bool, settle: Callable[[], None]
+) -> VmRecord:
     from vmkernel import VmManager
     from vmkernel.cli.progress import Waiting
 
@@ -62,6 +64,7 @@ async def _start(name: str, options: VmOptions, quiet: bool) -> VmRecord:
                     on_progress=waiting.show,
                     memory=manager.settings.memory,  # else the recipe's would go before an option
                 )
+            settle()  # who is told that it was interrupted may take it that there is no VM
         return handle.record
 
 
