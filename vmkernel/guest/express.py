@@ -6,10 +6,10 @@ a cell costs a thousand calls of Python functions, in an emulated VM some 10 µs
 them hand on what is known, or ask what nobody has changed.
 
 The short way does the same in the same order: hooks, history, ``_`` and ``Out``, traps, what is
-recorded of the output.  It is a copy of those functions without what is the same each time, so it
-is taken only
+recorded of the output.  It is written after those functions, without what is the same each time, so
+it is taken only
 
-* with an IPython and an ipykernel whose functions are, to the letter, those it was copied from,
+* with an IPython and an ipykernel whose functions are, to the letter, those it was written after,
 * as long as nobody has replaced one of them,
 * for a cell that awaits nothing, in the main shell, that is not silent.
 
@@ -86,7 +86,7 @@ _TOP_LEVEL_AWAIT = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 
 
 def fingerprint() -> str:
-    """Of the functions that the short way was copied from, as they are written."""
+    """Of the functions that the short way was written after, as they stand."""
     digest = hashlib.sha256()
     for function in COPIED:
         digest.update(inspect.getsource(inspect.unwrap(function)).encode())
