@@ -32,6 +32,7 @@ def x_in(cell: Cell) -> int:
 def test_gigabytes_of_output_take_no_memory(rig: Rig, rounds: Callable[..., int]) -> None:
     size = rounds(quick=64, full=4096)
     victim = rig.victim()
+    victim.check_honest()  # its template is there: a first start tells how far that is
     victim.peak()
     cell = victim.send(code_of(stream, size=size), allow_stdin=False)
     received = waits = 0
