@@ -112,7 +112,7 @@ class Keeper(Generic[V]):
             assert vm is not None
             assert member.task is not None
             member.task.cancel()  # it watched over it
-            self._poke()
+            self.poke()
             try:
                 await vm.ping(PING_SECONDS)
             except BaseException as error:
@@ -129,7 +129,7 @@ class Keeper(Generic[V]):
         """Ask for the next member that gets ready, while ``still()`` holds; to be given up."""
         hope: Hope[V] = Hope(still)
         self._hopes[hope] = None
-        self._poke()
+        self.poke()
         return hope
 
     def give_up(self, hope: Hope[V]) -> V | None:
@@ -221,7 +221,7 @@ class Keeper(Generic[V]):
         if not self.pool.ready(member, loop.time()):
             await self._end_vm(member)
         elif not self._fulfil(member):
-            self._poke()
+            self.poke()
             failure = await vm.wait_ended()  # cancelled when it is taken or ended
             _log.warning("a VM of the warm pool has ended and is replaced: %s", failure)
             self._end(member, leave_task=True)
@@ -256,7 +256,7 @@ class Keeper(Generic[V]):
             await self._host.end(member.vm)
         finally:
             self.pool.gone(member)
-            self._poke()
+            self.poke()
 
     def _do(self, work: Coroutine[Any, Any, None], name: str = "end") -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work, name=name)
@@ -266,15 +266,12 @@ class Keeper(Generic[V]):
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        self._poke()
+        self.poke()
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("a bug in the warm pool", exc_info=error)
 
     def poke(self) -> None:
         """Ask the policy anew: it was told something."""
-        self._poke()
-
-    def _poke(self) -> None:
         self._changed.set()
         if self._watch is not None:
             self._watch.wake()

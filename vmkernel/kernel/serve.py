@@ -55,24 +55,36 @@ async def serve(
             await VmStart(settings, Label(), begun).close()
         return 1
     trace.mark("sockets bound")
-    history = History(settings, options)
-    wrapper = Wrapper(settings, sockets, label_of(connection_file), history, begun, failure)
+    wrapper = Wrapper(
+        settings,
+        sockets,
+        label_of(connection_file),
+        History(settings, options),
+        begun,
+        failure,
+    )
+    if pool and settings.pool_size and failure is None:
+        wrapper.on_quiet = lambda: _offer(settings, pool)
+        wrapper.on_restart = lambda: _want(pool)
+    return await run_wrapper(wrapper)
+
+
+async def run_wrapper(wrapper: Wrapper) -> int:
+    """Be the kernel whose sockets are bound, until its end; its exit status."""
     manifest = wrapper.supply.manifest()
     if manifest is not None and manifest.recipe.engine != "python":
-        history.on = False  # it is IPython's; another kernel may have one of its own, in the guest
+        # It is IPython's; another kernel may have one of its own, in the guest
+        wrapper.history.on = False
     loop = asyncio.get_running_loop()
     # Some launchers start children with SIGINT blocked; an interrupt would never come through.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     loop.add_signal_handler(signal.SIGINT, wrapper.interrupt)
     loop.add_signal_handler(signal.SIGTERM, wrapper.stop, 0)
-    if pool and settings.pool_size and failure is None:
-        wrapper.on_quiet = lambda: _offer(settings, pool)
-        wrapper.on_restart = lambda: _want(pool)
-    with parent_watch(loop, wrapper):
+    with _parent_watch(loop, wrapper):
         try:
             return await wrapper.run()
         finally:
-            sockets.close()
+            wrapper.sockets.close()
 
 
 def _want(pool: str) -> bool:
@@ -94,7 +106,7 @@ def _offer(settings: Settings, pool: str) -> None:
 
 
 @contextlib.contextmanager
-def parent_watch(loop: asyncio.AbstractEventLoop, wrapper: Wrapper):  # type: ignore[no-untyped-def]
+def _parent_watch(loop: asyncio.AbstractEventLoop, wrapper: Wrapper):  # type: ignore[no-untyped-def]
     """End the kernel when the front end's process ends, as ipykernel does (JPY_PARENT_PID)."""
     try:
         fd = os.pidfd_open(int(os.environ["JPY_PARENT_PID"]))

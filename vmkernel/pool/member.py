@@ -29,7 +29,7 @@ from vmkernel.host.start import Label, begin
 from vmkernel.host.waking import local_zone
 from vmkernel.kernel.history import History
 from vmkernel.kernel.launch import label_of, parse_arguments
-from vmkernel.kernel.serve import LOG_FORMAT, parent_watch
+from vmkernel.kernel.serve import LOG_FORMAT, run_wrapper
 from vmkernel.kernel.sockets import Sockets
 from vmkernel.kernel.wrapper import Wrapper
 from vmkernel.pool import client, handover
@@ -274,21 +274,11 @@ class _Member:
         label = label_of(connection_file)
         notebook = os.environ.get("JPY_SESSION_NAME", "").rpartition("/")[2]
         wrapper.history = History(self._settings, options)
-        manifest = wrapper.supply.manifest()
-        if manifest is not None and manifest.recipe.engine != "python":
-            wrapper.history.on = False
         wrapper.supply.assign(msgspec.structs.replace(label, notebook=notebook))
         wrapper.on_restart = lambda: client.want(self._server, request.arguments)
         loop = asyncio.get_running_loop()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
-        loop.add_signal_handler(signal.SIGINT, wrapper.interrupt)
-        loop.add_signal_handler(signal.SIGTERM, wrapper.stop, 0)
         loop.add_reader(connection, self._on_shell, connection)
-        with parent_watch(loop, wrapper):
-            try:
-                status = await wrapper.run()
-            finally:
-                wrapper.sockets.close()
+        status = await run_wrapper(wrapper)
         loop.remove_reader(connection)
         return _tell_status(connection, status)
 
