@@ -37,12 +37,16 @@ from vmkernel.values import (
     recipe_name,
     size,
     switch,
+    words,
 )
 
 Accelerator = Literal["auto", "kvm", "tcg"]
 OutputPolicy = Literal["safe", "trusted"]
 SandboxChoice = Literal["auto", "required", "off"]
 Switch = Literal["on", "off"]
+WorkspaceChoice = Literal["none", "ro", "rw"]
+NetworkChoice = Literal["none", "packages", "allow", "open"]
+FilesChoice = Literal["off", "ask", "on"]
 
 SYSTEM_CONFIG = Path("/etc/vmkernel/config.toml")
 ENVIRONMENT_PREFIX = "VMKERNEL_"
@@ -60,6 +64,7 @@ class Field(NamedTuple):
 
 
 _ABSOLUTE = "an absolute path (a leading ~ is the home directory)"
+_HOST = r"[A-Za-z0-9*\[][A-Za-z0-9.:/_*\[\]-]*"
 _DURATION = "seconds above 0, or a number with s, m or h"
 
 FIELDS: dict[str, Field] = {
@@ -120,6 +125,57 @@ FIELDS: dict[str, Field] = {
         "What a notebook shows of the guest's outputs. `safe`: nothing that could run script in "
         "the front end, load from the network or steer a terminal (docs/outputs.md); "
         "`trusted`: all.",
+    ),
+    "workspace": Field(
+        choice("none", "ro", "rw"),
+        "none, ro or rw",
+        "Whether the guest sees the directory that the notebook lies in, at the path that it has "
+        "on the host: not at all, for reading, or for writing, too (docs/workspace.md).",
+    ),
+    "workspace_dir": Field(
+        optional_path,
+        f"{_ABSOLUTE}, or none",
+        "The directory of the workspace; `none`: a notebook's own, and for a VM of `vmkernel run` "
+        "or of a program, no workspace.",
+    ),
+    "workspace_size": Field(
+        size(1, 16 * 1024**2),
+        "1M to 16T; a plain number is MiB",
+        "How much a VM may write into its workspace (`rw`).",
+    ),
+    "workspace_files": Field(
+        count(1, 10_000_000),
+        "a whole number from 1 to 10000000",
+        "How many files and directories a VM may make in its workspace (`rw`).",
+    ),
+    "network": Field(
+        choice("none", "packages", "allow", "open"),
+        "none, packages, allow or open",
+        "What the guest reaches, through a filter on the host: nothing; the package index that "
+        "pip is configured for on this host; the hosts of `network_allow`, too; or all but this "
+        "host and private networks (docs/network.md).",
+    ),
+    "network_allow": Field(
+        words(_HOST),
+        'host, *.domain, address or network, :port where wanted; in a file a list: ["a", "b:22"]',
+        "Which hosts `network = allow` opens (ports 80 and 443 where none is named).",
+    ),
+    "env": Field(
+        words("[A-Za-z_][A-Za-z0-9_]*"),
+        'names of variables; in a file a list: ["A", "B"]',
+        "Which of the kernel's environment variables the guest gets, besides those of every guest.",
+    ),
+    "env_file": Field(
+        optional_path,
+        f"{_ABSOLUTE}, or none",
+        "A file of `NAME=value` lines that the guest gets as environment variables; nobody but "
+        "its owner may be able to read it (mode 0600).",
+    ),
+    "files": Field(
+        choice("off", "ask", "on"),
+        "off, ask or on",
+        "Whether `%vm put` and `%vm get` copy files between the host and the guest: never, each "
+        "time when the person at the front end has agreed, or always (docs/files.md).",
     ),
     "max_concurrent_vms": Field(
         count(1, 4096),
@@ -229,6 +285,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     accelerator: Accelerator = "auto"
     sandbox: SandboxChoice = "auto"
     outputs: OutputPolicy = "safe"
+    workspace: WorkspaceChoice = "ro"
+    workspace_dir: Path | None = None
+    workspace_size: int = 4096
+    workspace_files: int = 10_000
+    network: NetworkChoice = "none"
+    network_allow: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    env_file: Path | None = None
+    files: FilesChoice = "ask"
     max_concurrent_vms: int = msgspec.field(default_factory=lambda: default_vm_limit())  # noqa: PLW0108 - defined below
     max_concurrent_boots: int = 1
     pool_size: int = 1

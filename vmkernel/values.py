@@ -7,6 +7,7 @@ raises ``ValueError`` with a reason for people. Floor 1: knows nothing of settin
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -129,6 +130,22 @@ def switch(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return choice("on", "off")(value)
+
+
+def words(pattern: str) -> Callable[[object], tuple[str, ...]]:
+    """A parser of lists, of TOML's or with commas or blanks; each word matches *pattern* whole."""
+
+    def parse(value: object) -> tuple[str, ...]:
+        if isinstance(value, str):
+            value = value.replace(",", " ").split()
+        if not isinstance(value, list | tuple):
+            raise ValueError("not a list")
+        for word in value:
+            if not isinstance(word, str) or not re.fullmatch(pattern, word):
+                raise ValueError(f"not allowed: {word!r}")
+        return tuple(dict.fromkeys(value))
+
+    return parse
 
 
 def recipe_name(value: object) -> str:

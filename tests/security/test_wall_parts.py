@@ -48,11 +48,6 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
         ram_path=str(tmp_path / "ram"),
         ram_share=False,
         incoming=True,
-        monitor_fd=0,
-        kernel_port_fd=0,
-        agent_port_fd=0,
-        control_port_fd=0,
-        console_fd=0,
     )
     os.close(scratch)
 

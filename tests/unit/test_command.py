@@ -32,6 +32,8 @@ def make_machine(accelerator: Accelerator = "tcg", **changes: object) -> Machine
         kernel_port_fd=12,
         agent_port_fd=13,
         control_port_fd=15,
+        workspace_port_fd=16,
+        network_port_fd=17,
         console_fd=14,
     )
     return msgspec.structs.replace(template, **changes)
@@ -91,7 +93,11 @@ tsc=reliable clocksource=tsc no_timer_check mitigations=off
 -chardev socket,id=agent,fd=13
 -device virtserialport,chardev=agent,name=agent,nr=2
 -chardev socket,id=control,fd=15
--device virtserialport,chardev=control,name=control,nr=3"""
+-device virtserialport,chardev=control,name=control,nr=3
+-chardev socket,id=workspace,fd=16
+-device virtserialport,chardev=workspace,name=workspace,nr=4
+-chardev socket,id=network,fd=17
+-device virtserialport,chardev=network,name=network,nr=5"""
 
 KVM_CLONE = """\
 -name vmkernel-ab12
@@ -129,6 +135,10 @@ memory-backend=ram0,mem-merge=off,dump-guest-core=off
 -device virtserialport,chardev=agent,name=agent,nr=2
 -chardev socket,id=control,fd=15
 -device virtserialport,chardev=control,name=control,nr=3
+-chardev socket,id=workspace,fd=16
+-device virtserialport,chardev=workspace,name=workspace,nr=4
+-chardev socket,id=network,fd=17
+-device virtserialport,chardev=network,name=network,nr=5
 -incoming defer"""
 
 
@@ -156,7 +166,7 @@ def test_extra_words_come_last() -> None:
 class TestAnyMachine:
     def test_it_has_no_network_and_is_fenced_in(self, make: Make, accelerator: Accelerator) -> None:
         argv = qemu_argv(make(accelerator))
-        assert not [word for word in argv if "net" in word or word == "-nic"]
+        assert not [word for word in argv if word in ("-nic", "-net", "-netdev") or "-net" in word]
         sandbox = argv[argv.index("-sandbox") + 1].split(",")
         assert {"on", "spawn=deny", "elevateprivileges=deny"} <= set(sandbox)
         assert "-no-user-config" in argv
@@ -171,7 +181,7 @@ class TestAnyMachine:
     ) -> None:
         machine = make(accelerator)
         text = " ".join(qemu_argv(machine))
-        assert sorted(machine.fds()) == [10, 11, 12, 13, 14, 15]
+        assert sorted(machine.fds()) == [10, 11, 12, 13, 14, 15, 16, 17]
         for fd in machine.fds():
             assert f"fd={fd}" in text or f"/fd/{fd}" in text
 

@@ -31,7 +31,7 @@ from vmkernel.vm.qemu import QemuProcess, find_qemu
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(60)]
 PATH = os.environ.get("PATH", os.defpath)
 LIMITS = Limits(512)
-NAMES = ("monitor", "kernel", "agent", "control", "console")
+NAMES = ("monitor", "kernel", "agent", "control", "workspace", "network", "console")
 
 
 class Bench:
@@ -74,6 +74,8 @@ class Bench:
                 kernel_port_fd=pairs["kernel"][1].fileno(),
                 agent_port_fd=pairs["agent"][1].fileno(),
                 control_port_fd=pairs["control"][1].fileno(),
+                workspace_port_fd=pairs["workspace"][1].fileno(),
+                network_port_fd=pairs["network"][1].fileno(),
                 console_fd=pairs["console"][1].fileno(),
             ),
             **changes,

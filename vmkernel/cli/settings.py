@@ -30,11 +30,14 @@ def settings(as_json: bool, markdown: bool) -> None:
     else:
         print_table(
             ("SETTING", "VALUE", "SOURCE"),
-            [
-                (name, "none" if value is None else str(value), source)
-                for name, value, source in rows
-            ],
+            [(name, _in_words(value), source) for name, value, source in rows],
         )
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, tuple):
+        value = ", ".join(map(str, value)) or None
+    return "none" if value is None else str(value)
 
 
 # Defaults that depend on the host or on the user's environment, told in words.
@@ -48,7 +51,8 @@ _DEFAULTS_IN_WORDS = {
     "history_file": "`<state_dir>/history.sqlite`",
     "state_dir": "`$XDG_STATE_HOME/vmkernel` (`~/.local/state/…`)",
 }
-_UNITS = {"memory": " MiB", "scratch_size": " MiB", "console_log_size": " MiB",
+_UNITS = {"memory": " MiB", "workspace_size": " MiB", "scratch_size": " MiB",
+          "console_log_size": " MiB",
           "max_output": " MiB", "database_timeout": " s",
           "start_timeout": " s", "boot_timeout": " s"}  # fmt: skip
 
@@ -84,7 +88,7 @@ def settings_page() -> str:
     ]
     for name, field in FIELDS.items():
         value = getattr(defaults, name)
-        plain = f"`{'none' if value is None else value}`{_UNITS.get(name, '')}"
+        plain = f"`{_in_words(value)}`{_UNITS.get(name, '')}"
         default = _DEFAULTS_IN_WORDS.get(name, plain)
         lines.append(f"| `{name}` | {default} | {field.allowed} | {field.meaning} |")
     return "\n".join(lines) + "\n"

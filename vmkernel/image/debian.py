@@ -26,6 +26,10 @@ USER, USER_ID = "user", 1000
 # Of every image, besides Debian's essential packages (bash, coreutils, sed, tar, …).
 BASE_PACKAGES = ("ca-certificates", "procps", "python3")
 
+# Of every image, too: the file system of a workspace (guest.workspace). Unpacked, not installed, as
+# sshfs would bring an SSH client for which there is no use.
+_UNPACKED = ("sshfs", "libfuse3-4", "libglib2.0-0t64", "libatomic1")
+
 # Left out while unpacking; copyright files stay, as licences ask.
 _EXCLUDED = (
     "path-exclude=/usr/share/man/*",
@@ -57,15 +61,18 @@ _EXTRAS = "vmkernel-build"
 # somebody who may not enter the builder's home.
 _DOWNLOAD_EXTRAS = f"""
 set -eu
-mkdir -p "$1/{_EXTRAS}/files"
+mkdir -p "$1/{_EXTRAS}/files" "$1/{_EXTRAS}/guest"
 cd "$1/{_EXTRAS}"
 export APT_CONFIG="$MMDEBSTRAP_APT_CONFIG"
 kernel=$(apt-cache depends linux-image-cloud-{ARCHITECTURE} |
     sed -n 's/^ *Depends: *\\(linux-image-[0-9].*\\)$/\\1/p' | head -n 1)
 [ -n "$kernel" ] || {{ echo "E: linux-image-cloud-{ARCHITECTURE} names no kernel" >&2; exit 1; }}
-apt-get -o APT::Sandbox::User=root download "$kernel" busybox-static python3-pip-whl
+apt-get -o APT::Sandbox::User=root download "$kernel" busybox-static python3-pip-whl \\
+    {" ".join(_UNPACKED)}
 for deb in *.deb; do
-    dpkg-deb -x "$deb" files
+    into=files
+    case " {" ".join(_UNPACKED)} " in *" ${{deb%%_*}} "*) into=guest ;; esac
+    dpkg-deb -x "$deb" $into
     dpkg-deb --show --showformat='${{Package}} ${{Version}} ${{Architecture}}\\n' "$deb" >>packages
     rm "$deb"
 done
@@ -184,6 +191,13 @@ def make_tree(
     )  # fmt: skip
     archive.unlink()
     (root / _EXTRAS).rename(extras)
+    shutil.copytree(
+        extras / "guest",
+        root,
+        symlinks=True,
+        dirs_exist_ok=True,
+        ignore=shutil.ignore_patterns("man", "locale", "changelog*", "NEWS*"),
+    )
     progress(1.0)
     return DebianTree(root, extras)
 

@@ -18,7 +18,7 @@ from vmkernel.errors import ImageError
 from vmkernel.image.recipe import Recipe, is_recipe_path, load_recipe
 from vmkernel.settings import Settings
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 ROOTFS, KERNEL, INITRD, LOCK = "rootfs.erofs", "vmlinuz", "initrd.base", "lock.txt"
 FILES = (ROOTFS, KERNEL, INITRD, LOCK)

@@ -32,8 +32,9 @@ TCG_CODE_BUFFER_MIB = 128
 KERNEL_PORT_NR = 1
 AGENT_PORT_NR = 2
 CONTROL_PORT_NR = 3
-# Room for more ports (a workspace), which can then be added without another guest layout.
-MAX_PORTS = 8
+WORKSPACE_PORT_NR = 4
+NETWORK_PORT_NR = 5
+MAX_PORTS = 8  # room for more, without another guest layout
 
 # What seccomp takes from QEMU: obsolete system calls, setuid and friends, fork and exec, and
 # changing priorities or CPU sets. A QEMU that was broken out of cannot start a program.
@@ -84,11 +85,14 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     same."""
     incoming: bool
     """True: wait for a saved state instead of booting."""
-    monitor_fd: int
-    kernel_port_fd: int
-    agent_port_fd: int
-    control_port_fd: int
-    console_fd: int
+    monitor_fd: int = 0
+    """This and those below are made by `vm.machine.spawn`."""
+    kernel_port_fd: int = 0
+    agent_port_fd: int = 0
+    control_port_fd: int = 0
+    workspace_port_fd: int = 0
+    network_port_fd: int = 0
+    console_fd: int = 0
 
     def fds(self) -> tuple[int, ...]:
         """The descriptors that QEMU must inherit."""
@@ -98,6 +102,8 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
             self.kernel_port_fd,
             self.agent_port_fd,
             self.control_port_fd,
+            self.workspace_port_fd,
+            self.network_port_fd,
             self.console_fd,
         )
 
@@ -180,6 +186,8 @@ def qemu_argv(machine: Machine) -> list[str]:
     argv += _port("kernel", KERNEL_PORT_NR, m.kernel_port_fd)
     argv += _port("agent", AGENT_PORT_NR, m.agent_port_fd)
     argv += _port("control", CONTROL_PORT_NR, m.control_port_fd)
+    argv += _port("workspace", WORKSPACE_PORT_NR, m.workspace_port_fd)
+    argv += _port("network", NETWORK_PORT_NR, m.network_port_fd)
     if m.incoming:
         argv += ["-incoming", "defer"]
     return argv
@@ -210,6 +218,8 @@ def machine_fingerprint(machine: Machine) -> str:
         kernel_port_fd=0,
         agent_port_fd=0,
         control_port_fd=0,
+        workspace_port_fd=0,
+        network_port_fd=0,
         console_fd=0,
     )
     return "\n".join(qemu_argv(neutral))

@@ -50,13 +50,19 @@ class Spawned(msgspec.Struct):
     kernel: socket.socket
     agent: socket.socket
     control: socket.socket
+    workspace: socket.socket
+    network: socket.socket
     console: socket.socket
 
     def abandon(self) -> None:
         """Give up a QEMU that was never attached."""
         self.process.abandon()
-        for sock in (self.monitor, self.kernel, self.agent, self.control, self.console):
+        for sock in (self.monitor, *self.ports(), self.console):
             sock.close()
+
+    def ports(self) -> tuple[socket.socket, ...]:
+        """Our ends of the guest's virtio-serial ports."""
+        return (self.kernel, self.agent, self.control, self.workspace, self.network)
 
 
 def spawn(
@@ -77,7 +83,8 @@ def spawn(
     main thread only (see vm.qemu).  Raises VmBootError, and OSError about the machine's files.
     """
     find_qemu(machine.qemu, "")
-    fields = ("monitor_fd", "kernel_port_fd", "agent_port_fd", "control_port_fd", "console_fd")
+    ports = ("kernel", "agent", "control", "workspace", "network")
+    fields = ("monitor_fd", *(f"{name}_port_fd" for name in ports), "console_fd")
     pairs = [socket.socketpair() for _ in fields]
     theirs = {field: pair[1].fileno() for field, pair in zip(fields, pairs, strict=True)}
     machine = msgspec.structs.replace(machine, **theirs)
@@ -251,7 +258,7 @@ class Vm:
             self._spawned.monitor.close()
         for port in self._ports:
             port.close()
-        for sock in (self._spawned.agent, self._spawned.kernel, self._spawned.control):
+        for sock in self._spawned.ports():
             sock.close()  # no effect where a port has it
         if self._watch is not None:
             await self.process.close()

@@ -81,11 +81,6 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
             "ram_path": "ram",
             "ram_share": False,
             "incoming": True,
-            "monitor_fd": 0,
-            "kernel_port_fd": 0,
-            "agent_port_fd": 0,
-            "control_port_fd": 0,
-            "console_fd": 0,
         }
         return Machine(**(fields | changes))
 
