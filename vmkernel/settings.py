@@ -23,6 +23,7 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 
 from vmkernel import trace
+from vmkernel.environment import variable_names
 from vmkernel.errors import SettingsError
 from vmkernel.values import (
     absolute_path,
@@ -161,8 +162,9 @@ FIELDS: dict[str, Field] = {
         "Which hosts `network = allow` opens (ports 80 and 443 where none is named).",
     ),
     "env": Field(
-        words("[A-Za-z_][A-Za-z0-9_]*"),
-        'names of variables; in a file a list: ["A", "B"]',
+        variable_names,
+        'names of variables; in a file a list: ["A", "B"]; not those of the guest\'s own set-up '
+        "(docs/secrets.md)",
         "Which of the kernel's environment variables the guest gets, besides those of every guest.",
     ),
     "env_file": Field(
@@ -477,8 +479,10 @@ def _parse(name: str, field: Field, value: object, source: str) -> Any:
         reason = str(error)
         # int() and float() speak of Python; everything of ours above is meant for people.
         why = "not a number" if reason.startswith(("invalid literal", "could not")) else reason
+        # Somebody may have written a secret where its name belongs
+        shown = "wrong" if name == "env" else repr(value)
         raise SettingsError(
-            f"Setting {name!r} is {value!r} (from {source}): {why}. Allowed: {field.allowed}.",
+            f"Setting {name!r} is {shown} (from {source}): {why}. Allowed: {field.allowed}.",
             hint=f"change {source}",
         ) from error
 

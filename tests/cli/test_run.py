@@ -147,10 +147,11 @@ def test_results_come_out_of_code_that_failed(run: Run, tmp_path: Path):
 
 
 def test_environment_and_settings(run: Run):
-    done = run("--env", "A=1", "--env", "B", "--env", "C", "--vcpus", "1", "--set",
+    done = run("--env", "A", "--env", "B", "--env", "C", "--vcpus", "1", "--set",
                "idle_timeout=1h", "-c", "import os; print([os.environ.get(n) for n in 'ABCD'])",
-               B="2", D="4")  # fmt: skip
+               A="1", B="2", D="4")  # fmt: skip
     assert done.stdout == "['1', '2', None, None]\n", done.stderr
+    assert done.stderr == "vmkernel: warning: the variable C (--env) is not set\n"
 
 
 def test_the_account_for_programs(run: Run):

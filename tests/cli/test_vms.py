@@ -25,7 +25,9 @@ from kernel_client import Kernel
 @pytest.fixture(scope="module")
 def bench(host: VmHost) -> Iterator[str]:
     """The name of a VM that runs."""
-    done = host.cli("start", "bench", "--env", "PLACE=here", "--tenant", "t", "--task", "7")
+    done = host.cli(
+        "start", "bench", "--env", "PLACE", "--tenant", "t", "--task", "7", PLACE="here"
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("vm-")
     yield "bench"

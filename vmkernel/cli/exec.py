@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vmkernel.cli.options import code_options, complete_vms, seconds
+from vmkernel.cli.options import code_options, complete_vms, environment_options, seconds
 from vmkernel.errors import VmTimeoutError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmkernel.cli.account import Account
     from vmkernel.cli.foreground import Foreground
     from vmkernel.cli.script import Source
@@ -27,6 +29,7 @@ _PATIENCE = 5.0
 @click.argument("vm", shell_complete=complete_vms)
 @click.argument("file", required=False, type=click.Path())
 @code_options
+@environment_options
 @click.option(
     "--timeout",
     type=seconds,
@@ -34,7 +37,12 @@ _PATIENCE = 5.0
     help="How long the code may run; then it is interrupted (exit code 124).",
 )
 def exec_(
-    vm: str, file: str | None, code: str | None, as_json: bool, timeout: float | None
+    vm: str,
+    file: str | None,
+    code: str | None,
+    as_json: bool,
+    timeout: float | None,
+    environment: Mapping[str, str],
 ) -> None:
     """Run FILE (`-` or nothing: standard input), or CODE, in VM, as a cell.
 
@@ -53,7 +61,7 @@ def exec_(
         source = read_source(file or "-", code, ())
         foreground = Foreground()
         exit_code = foreground.run(
-            lambda: _work(foreground, vm, source, timeout, account, as_json=as_json)
+            lambda: _work(foreground, vm, source, timeout, account, environment, as_json=as_json)
         )
         if as_json:
             account.print(exit_code)
@@ -66,6 +74,7 @@ async def _work(
     source: Source,
     timeout: float | None,
     account: Account,
+    environment: Mapping[str, str],
     *,
     as_json: bool,
 ) -> int:
@@ -86,6 +95,7 @@ async def _work(
                 source.code,
                 timeout=None,  # that would be the VM's end
                 account=account if as_json else None,
+                env=environment,
                 results=True,
                 trusted=settings.outputs == "trusted",
             )

@@ -12,7 +12,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -158,6 +158,7 @@ async def run_code(
     *,
     timeout: float | None,
     account: Account | None = None,
+    env: Mapping[str, str] | None = None,
     results: bool = False,
     script: bool = False,
     trusted: bool = False,
@@ -185,6 +186,7 @@ async def run_code(
         vm.run(
             code,
             timeout=timeout,
+            env=env,
             on_output=streams.show if account is None else account.hear,
             on_input=stdin,
         )

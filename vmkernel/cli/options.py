@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ class VmOptions(NamedTuple):
 
     settings: dict[str, str]
     """Settings by name, as they were written."""
-    environment: dict[str, str]
+    environment: Mapping[str, str]
     language: str | None
     tenant: str
     task: str
@@ -55,6 +55,14 @@ def complete_settings(ctx: click.Context, param: click.Parameter, incomplete: st
     return [f"{name}=" for name in FIELDS if name.startswith(incomplete)]
 
 
+def complete_variables(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of variables that a guest may be given, for the shell."""
+    from vmkernel.environment import why_refused
+
+    names = [name for name in os.environ if name.startswith(incomplete)]
+    return sorted(name for name in names if not why_refused(name))
+
+
 def complete_vms(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
     """Names and ids of VMs on record, for the shell."""
     from vmkernel.cli.completion import vm_names
@@ -70,8 +78,6 @@ _OPTIONS = (
     click.option("--memory", metavar="SIZE", help="Memory of the VM, like 512M or 4G."),
     click.option("--vcpus", metavar="N", help="Virtual processors of the VM."),
     click.option("--cpu-quota", metavar="PERCENT", help="At most so much of one processor: 50%."),
-    click.option("--env", "environment", multiple=True, metavar="NAME[=VALUE]",
-                 help="A variable for the code; without a value that of this shell. Repeatable."),
     click.option("--set", "more", multiple=True, metavar="NAME=VALUE",
                  shell_complete=complete_settings,
                  help="Any setting (`vmkernel settings`). Repeatable."),
@@ -105,7 +111,7 @@ def vm_options(function: Callable[..., Any]) -> Callable[..., Any]:
         memory: str | None,
         vcpus: str | None,
         cpu_quota: str | None,
-        environment: tuple[str, ...],
+        environment: Mapping[str, str],
         more: tuple[str, ...],
         tenant: str,
         task: str,
@@ -114,12 +120,36 @@ def vm_options(function: Callable[..., Any]) -> Callable[..., Any]:
         named = {"recipe": recipe, "memory": memory, "vcpus": vcpus, "cpu_quota": cpu_quota}
         settings = named_values(more)
         settings |= {name: value for name, value in named.items() if value is not None}
-        vm = VmOptions(settings, _environment(environment), language, tenant, task)
+        vm = VmOptions(settings, environment, language, tenant, task)
         return function(*args, vm=vm, **rest)
 
     for option in reversed(_OPTIONS):
         gathered = option(gathered)
-    return gathered
+    return environment_options(gathered)
+
+
+def environment_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command ``--env`` and ``--env-file``; it gets the variables as ``environment``."""
+
+    @functools.wraps(function)
+    def gathered(*args: Any, env_names: tuple[str, ...], env_file: Path | None, **rest: Any) -> Any:
+        return function(*args, environment=_environment(env_names, env_file), **rest)
+
+    named = click.option(
+        "--env",
+        "env_names",
+        multiple=True,
+        metavar="NAME",
+        shell_complete=complete_variables,
+        help="A variable of this shell for the code. Repeatable.",
+    )
+    file = click.option(
+        "--env-file",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="More of them: lines of NAME=value, readable by nobody else.",
+    )
+    return named(file(gathered))
 
 
 def named_values(items: tuple[str, ...]) -> dict[str, str]:
@@ -133,16 +163,26 @@ def named_values(items: tuple[str, ...]) -> dict[str, str]:
     return values
 
 
-def _environment(items: tuple[str, ...]) -> dict[str, str]:
-    values = {}
-    for item in items:
-        name, equals, value = item.partition("=")
-        if not name:
-            raise click.UsageError(f"--env takes NAME=VALUE or NAME, not {item!r}")
-        if equals:
-            values[name] = value
-        elif name in os.environ:  # one that is unset here stays unset there
-            values[name] = os.environ[name]
+def _environment(names: tuple[str, ...], file: Path | None) -> Mapping[str, str]:
+    from vmkernel.environment import given, variable_names
+    from vmkernel.errors import SettingsError
+
+    for word in names:
+        name, equals, _ = word.partition("=")
+        if equals:  # its value is not repeated: this may be read by others, too
+            raise click.UsageError(
+                f"--env takes a name and no value: every user of this host sees the command line. "
+                f"Write: {name}=… vmkernel … --env {name}, or use --env-file"
+            )
+    try:
+        variable_names(names)
+        values, missing = given(names, file, os.environ)
+    except ValueError as error:
+        raise click.UsageError(f"--env: {error}") from None
+    except SettingsError as error:
+        raise click.UsageError(f"--env-file: {error.message}\n{error.hint}") from None
+    for name in missing:
+        click.echo(f"vmkernel: warning: the variable {name} (--env) is not set", err=True)
     return values
 
 

@@ -74,7 +74,7 @@ class Source(NamedTuple):
         if self.arguments:
             raise VmError(
                 f"a kernel of the language {language!r} cannot be given arguments",
-                hint="put them into the environment (--env NAME=VALUE), or into the code",
+                hint="put them into the environment (--env NAME), or into the code",
             )
         return Plan("", "", "", self.code)
 

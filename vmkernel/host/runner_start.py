@@ -35,6 +35,7 @@ from vmkernel.host.registry import Registry, VmRecord
 from vmkernel.host.shielded import to_its_end
 from vmkernel.host.start import log_dir, remove_logs, shared_slots
 from vmkernel.host.startlock import StartLock
+from vmkernel.host.waking import given_environment
 from vmkernel.models import VmState
 from vmkernel.settings import Settings, dump_settings
 
@@ -68,6 +69,8 @@ async def start_vm(
     meanwhile), VmCapacityError, and what a start may fail of (``host.start``).
     """
     vm_id = record.vm_id
+    # The runner has none of our environment to find them in
+    env = {**given_environment(settings), **env}
     with await StartLock.take_beside(settings, vm_id) as lock:
         state = await _make_startable(registry, settings, vm_id)
         # Lock and slot are closed at the end of this; by then the runner has its own

@@ -73,6 +73,8 @@ class Started(msgspec.Struct):
     record: registry.VmRecord
     template: Template
     spawned: Spawned
+    env: dict[str, str]
+    """What its guest kernel gets; read once, since a file of variables may change."""
 
 
 def settings_for_recipe(loaded: LoadedSettings) -> Settings:
@@ -127,13 +129,14 @@ def begin(settings: Settings, label: Label, slot: Slot | None = None) -> Started
     template = find_template(spec, settings)
     if template is None:
         return None
+    env = environment(label, settings)
     slot = slot or shared_slots(settings).acquire_nowait(label=label.kernel_id)
     if slot is None:
         return None
     with slot:
         record = _new_record(settings, label)  # written down by VmStart, while QEMU loads
         try:
-            return _spawn_clone(settings, spec, template, record, slot, label)
+            return _spawn_clone(settings, spec, template, record, slot, env)
         except BaseException:
             remove_tree(log_dir(settings, record.vm_id))  # the next attempt has its own
             raise
@@ -206,7 +209,7 @@ class VmStart:
             self.accelerator = started.spawned.machine.accelerator
             guest = self._guest = Guest(
                 started.spawned,
-                environment(self.label),
+                started.env,
                 on_output=on_output,
                 on_kernel_death=on_kernel_death,
                 on_end=end,
@@ -302,6 +305,7 @@ class VmStart:
 
     async def _start(self, progress: Progress) -> Started:
         settings = self.settings
+        env = environment(self.label, settings)  # first: its mistakes need no slot to be told
         record = _new_record(settings, self.label)
         self.vm_id = record.vm_id
         self._recorder.write(lambda: _tidy(settings))
@@ -332,7 +336,7 @@ class VmStart:
                     _BootSlot(settings, progress),
                 )
             progress("starting the VM")
-            started = _spawn_clone(settings, spec, template, record, slot, self.label)
+            started = _spawn_clone(settings, spec, template, record, slot, env)
         self._recorder.starting(started.record)
         return started
 
@@ -373,13 +377,17 @@ class _BootSlot:
         self._slot.release()
 
 
-def environment(label: Label) -> dict[str, str]:
-    """What is added to the environment of this VM's guest kernel."""
+def environment(label: Label, settings: Settings) -> dict[str, str]:
+    """What is added to the environment of this VM's guest kernel.
+
+    Raises:
+        SettingsError: `env_file` cannot be taken.
+    """
+    from vmkernel.host.waking import given_environment, guest_environment
+
     if label.env is not None:
         return label.env
-    from vmkernel.host.waking import guest_environment
-
-    return guest_environment()
+    return guest_environment() | given_environment(settings)
 
 
 def log_dir(settings: Settings, vm_id: str) -> Path:
@@ -446,7 +454,7 @@ def _spawn_clone(
     template: Template,
     record: registry.VmRecord,
     slot: Slot,
-    label: Label,
+    env: dict[str, str],
 ) -> Started:
     """Start QEMU; it takes the slot over.  Raises VmOverlayError, VmBootError, TemplateError."""
     directory = log_dir(settings, record.vm_id)
@@ -487,7 +495,7 @@ def _spawn_clone(
         request_load(spawned.monitor, state)
         from vmkernel.host.waking import write_ahead
 
-        write_ahead(spawned.kernel, environment(label))
+        write_ahead(spawned.kernel, env)
         qemu = identify(spawned.process.pid)
         record = msgspec.structs.replace(
             record,
@@ -503,4 +511,4 @@ def _spawn_clone(
         spawned.abandon()  # it holds the slot, and nobody would ever end it
         raise
     slot.handed_over()
-    return Started(record, template, spawned)
+    return Started(record, template, spawned, env)

@@ -13,10 +13,15 @@ import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from vmkernel.environment import Variables, given
 from vmkernel.protocol import frames, messages
+
+if TYPE_CHECKING:
+    from vmkernel.settings import Settings
 
 # Of the host's environment a guest gets this: a list, since the rest is the host's own.
 _PASSED = ("JPY_SESSION_NAME", "IPYKERNEL_CELL_NAME", "COLUMNS", "LINES", "MPLBACKEND", "TZ")
@@ -42,13 +47,31 @@ def wake_request(env: Mapping[str, str]) -> messages.ToGuest:
 
 
 def guest_environment() -> dict[str, str]:
-    """What of this process's environment a guest gets."""
-    env = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    """What of this process's environment every guest gets."""
+    env = Variables({name: os.environ[name] for name in _PASSED if name in os.environ})
     if "TZ" not in env:
         zone = local_zone()
         if zone:
             env["TZ"] = zone
     return env
+
+
+def given_environment(settings: Settings) -> dict[str, str]:
+    """What the settings `env` and `env_file` give a guest besides; they may be secrets.
+
+    Raises:
+        SettingsError: the file cannot be taken.
+    """
+    if not settings.env and settings.env_file is None:
+        return Variables()
+    variables, missing = given(settings.env, settings.env_file, os.environ)
+    if missing:
+        import logging  # not on the way of every start
+
+        log = logging.getLogger("vmkernel")
+    for name in missing:
+        log.warning("the variable %s (setting `env`) is not set here: the guest lacks it", name)
+    return variables
 
 
 def local_zone() -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from vmkernel.environment import plain
 
 if TYPE_CHECKING:
     from vmkernel.settings import Settings
@@ -212,6 +215,7 @@ class History:
                 [sys.executable, "-P", "-m", "vmkernel.kernel.history_process"],
                 stdin=its.fileno(),
                 stdout=subprocess.DEVNULL,  # ours may be a front end's pipe
+                env=plain(os.environ),  # which may have had secrets of the guest's in it
                 start_new_session=True,  # a SIGINT for the kernel's group is not for it
             )
         except OSError as error:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vmkernel import trace
+from vmkernel.environment import in_words
 from vmkernel.errors import VmError, VmExpiredError, VmGuestError
 from vmkernel.host.start import Label, Started, VmStart, environment
 from vmkernel.vm.oddities import Oddities
@@ -252,6 +253,9 @@ class GuestSupply:
             "workspace": "none: the host's files are not seen here",
             "network": "none",
         }
+        given = in_words(settings.env, settings.env_file, os.environ)
+        if given:
+            facts["environment"] = given
         if record is not None:
             facts["age"] = f"{max(0.0, time.time() - record.created):.0f} s"
             facts["slot"] = f"{record.slot} of {settings.max_concurrent_vms}"
@@ -325,8 +329,9 @@ class GuestSupply:
 
         timeout = min(ADOPT_SECONDS, self._settings.start_timeout)
         try:
+            env = environment(self._label, self._settings)
             async with asyncio.TaskGroup() as group:
-                group.create_task(guest.set_environment(environment(self._label), timeout))
+                group.create_task(guest.set_environment(env, timeout))
                 group.create_task(guest.vm.agent.call(messages.SetClock(time.time_ns()), timeout))
         except* VmError as errors:
             # Nothing of the user's was in it

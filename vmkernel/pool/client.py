@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vmkernel.environment import plain
 from vmkernel.pool import handover
-from vmkernel.pool.request import plain_environment
 
 if TYPE_CHECKING:
     from vmkernel.settings import Settings
@@ -29,7 +29,7 @@ def want(path: bytes, arguments: list[str]) -> bool:
     except (OSError, ValueError):
         return False
     with contextlib.closing(sock):
-        request = handover.pack(arguments, dict(os.environb))
+        request = _packed(arguments)
         try:
             handover.send(sock, handover.WANTED, [request])
             return bool(sock.recv(1))  # nothing: it is about to end
@@ -73,7 +73,7 @@ def start_server(path: bytes, arguments: list[str], settings: Settings) -> None:
     with contextlib.suppress(OSError):
         if log_path.stat().st_size > LOG_CAP:
             flags |= os.O_TRUNC
-    request = handover.pack(arguments, dict(os.environb))
+    request = _packed(arguments)
     try:
         pid = os.posix_spawn(
             "/bin/sh",
@@ -81,7 +81,7 @@ def start_server(path: bytes, arguments: list[str], settings: Settings) -> None:
             ["sh", "-c", '"$@" &', "sh", sys.executable, "-P", "-m", "vmkernel.pool",
              os.fsdecode(path)],
             # One arena for all threads: glibc would give each its own, in each member
-            {**plain_environment(os.environ), "MALLOC_ARENA_MAX": "1"},
+            {**plain(os.environ), "MALLOC_ARENA_MAX": "1"},
             setsid=True,
             file_actions=[
                 (os.POSIX_SPAWN_DUP2, request, 3),  # a shell gives its background no stdin
@@ -92,6 +92,12 @@ def start_server(path: bytes, arguments: list[str], settings: Settings) -> None:
     finally:
         os.close(request)
     os.waitpid(pid, 0)  # the shell, which ends at once
+
+
+def _packed(arguments: list[str]) -> int:
+    """A request of ours for kernels to come, to which this one's secrets are of no use."""
+    environ = plain(os.environ)
+    return handover.pack(arguments, {os.fsencode(n): os.fsencode(v) for n, v in environ.items()})
 
 
 def remove_stale(path: Path) -> None:

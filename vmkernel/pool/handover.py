@@ -13,12 +13,17 @@ server and clients import it, too, as what both ends agree on.
 import posix
 import sys
 
-PROTOCOL = b"vmkernel pool 1"
+PROTOCOL = b"vmkernel pool 2"
 PATIENCE = 1.0
 """Seconds for each step with a server that may hang."""
 KERNEL, WANTED, STATUS, STOP = b"K", b"W", b"S", b"Q"
 """First byte to the server: a kernel starts; one like this is wanted soon; what is there; end."""
 PORTS = (b"shell", b"control", b"stdin", b"iopub", b"hb")
+PLAIN = frozenset(b"PATH HOME USER LOGNAME SHELL LANG TMPDIR DBUS_SESSION_BUS_ADDRESS".split())
+PLAIN_PREFIXES = (b"VMKERNEL_", b"XDG_", b"LC_", b"PYTHON", b"LD_")
+"""Variables that the server may have; the same as `vmkernel.environment` has."""
+HEADER = len(PROTOCOL) + 18
+"""Bytes at the beginning of a request: the protocol, and how many follow that the server reads."""
 TAKEN, REFUSED, CONFIRMED = b"T", b"N", b"G"
 INTERRUPT, TERMINATE = b"i", b"t"
 
@@ -69,19 +74,26 @@ def is_private(path: bytes) -> bool:
 
 
 def pack(arguments: list[str], environ: dict[bytes, bytes]) -> int:
-    """A descriptor of a file in memory with all that a kernel's start depends on."""
+    """A descriptor of a file in memory with all that a kernel's start depends on.
+
+    Variables of which the server has no need come last, and it does not read so far: they may be
+    secrets, and it lives longer than the kernel, and forks others.
+    """
     umask = posix.umask(0o077)
     posix.umask(umask)
     words = [argument.encode(errors="surrogateescape") for argument in arguments]
     parts = [
-        PROTOCOL,
         b"%d" % umask,
         posix.getcwdb(),
         b"%d" % len(words),
         *words,
-        *(name + b"=" + value for name, value in environ.items()),
     ]
+    rest: list[bytes] = []
+    for name, value in environ.items():
+        is_plain = name in PLAIN or name.startswith(PLAIN_PREFIXES)
+        (parts if is_plain else rest).append(name + b"=" + value)
     data = b"\0".join(parts)
+    data = PROTOCOL + b"\0%016d\0" % len(data) + b"\0".join([data, *rest])
     fd = posix.memfd_create("vmkernel-request")
     while data:
         data = data[posix.write(fd, data) :]
@@ -177,7 +189,7 @@ def _hand_over(path: bytes, listeners: list[int]) -> None:
         for number in (_signal.SIGINT, _signal.SIGTERM):
             _signal.signal(number, _signal.SIG_DFL)  # no shell can trap what it finds ignored
         _signal.pthread_sigmask(_signal.SIG_UNBLOCK, [_signal.SIGINT, _signal.SIGTERM])
-        posix.execve("/bin/sh", ["sh", "-c", SHELL, "vmkernel", *sys.argv[1:]], posix.environ)
+        posix.execve("/bin/sh", ["sh", "-c", SHELL, "vmkernel", *sys.argv[1:]], {})
     finally:  # the kernel ends with this process
         posix.write(2, b"vmkernel: no shell could be started to stand for the kernel\n")
         posix._exit(1)

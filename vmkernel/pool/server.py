@@ -342,7 +342,7 @@ class Server:
                 await self._on_kernel(connection, fds)
             elif kind == handover.WANTED and len(fds) == 1:
                 connection.send(handover.TAKEN)
-                self.wanted(Request.read(fds[0]))
+                self.wanted(Request.read(fds[0], whole=False))
             elif kind in (handover.STATUS, handover.STOP):
                 answer = json.dumps(self.statistics()).encode()
                 connection.setblocking(True)
@@ -358,7 +358,7 @@ class Server:
             connection.close()  # who waits for "taken" starts by itself now
 
     async def _on_kernel(self, connection: socket.socket, fds: list[int]) -> None:
-        request = Request.read(fds[0])
+        request = Request.read(fds[0], whole=False)  # the rest is the kernel's own
         stock = self._stock(request)
         if stock is None:
             connection.send(handover.REFUSED)
@@ -417,10 +417,10 @@ class Server:
         key = msgspec.json.encode([dump_settings(settings), qemu])
         stock = self.stocks.pop(key, None)
         if stock is None:
-            stock = Stock(self, settings, request.plain())
+            stock = Stock(self, settings, request)
             stock.keeper.begin()
         self.stocks[key] = stock  # the latest is the last
-        stock.request = request.plain()
+        stock.request = request
         stock.asked = time.monotonic()
         while len(self.stocks) > MOST_STOCKS:
             self._forget(next(iter(self.stocks)))
@@ -648,7 +648,7 @@ def main() -> None:
         return
     with contextlib.suppress(VmError):  # a kernel that starts by itself tells it
         want_descriptors()
-    request = Request.read(3)
+    request = Request.read(3, whole=False)
     os.close(3)
     _import_all()
     loop = asyncio.new_event_loop()

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from vmkernel.environment import plain
 from vmkernel.errors import VmBootError, VmGuestError
 from vmkernel.vm.command import Accelerator
 from vmkernel.vm.facts import read_facts, remember
@@ -164,7 +165,12 @@ def qemu_version(qemu: str, state_dir: Path) -> str:
 
     try:
         answer = subprocess.run(
-            [qemu, "--version"], capture_output=True, text=True, timeout=20, check=True
+            [qemu, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+            env=plain(os.environ),
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise VmBootError(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import msgspec
 
+from vmkernel.environment import plain
 from vmkernel.errors import TemplateError, VmBootError, VmError
 from vmkernel.protocol import messages
 from vmkernel.vm.machine import Vm, spawn
@@ -365,7 +366,7 @@ def _make_initrd(spec: Spec, work: Path) -> None:
     try:
         archive = subprocess.run(
             ["cpio", "--create", "--null", "--format=newc", "--owner=0:0", "--quiet"],
-            cwd=tree, input=names.encode(), capture_output=True, check=True,
+            cwd=tree, input=names.encode(), capture_output=True, check=True, env=plain(os.environ),
         ).stdout  # fmt: skip
     except (FileNotFoundError, subprocess.CalledProcessError) as error:
         raise TemplateError(
@@ -377,7 +378,8 @@ def _make_initrd(spec: Spec, work: Path) -> None:
 
 
 def _run(*command: str, package: str) -> None:
-    environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin"}
+    environment = plain(os.environ)  # none of a kernel's secrets
+    environment["PATH"] = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     try:
         result = subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment
