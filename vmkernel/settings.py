@@ -9,6 +9,9 @@ A value is taken from the last of these that has one:
 5. the environment variable ``VMKERNEL_<NAME>``; an empty one counts as unset,
 6. an option of the command that is run (``vmkernel run --memory 4G``).
 
+The administrator's file may also name settings that nothing later may change:
+``locked = ["network"]``.
+
 Floor 2. This module lies on the kernel's start path: it imports msgspec, which is there anyway,
 and reads the environment and the disk only when `load_settings` or `Settings` is called.
 """
@@ -30,6 +33,7 @@ from vmkernel.values import (
     choice,
     count,
     duration,
+    optional_count,
     optional_duration,
     optional_path,
     optional_percent,
@@ -185,6 +189,12 @@ FIELDS: dict[str, Field] = {
         "How many VMs may exist at once among all who share `semaphore_file`; "
         "unset: twice the host's GiB of memory, at least 2, at most 256.",
     ),
+    "max_vms_per_user": Field(
+        optional_count(1, 4096),
+        "a whole number from 1 to 4096, or none",
+        "How many of them one user may have at once, kernels that wait in a pool included "
+        "(docs/shared-hosts.md).",
+    ),
     "max_concurrent_boots": Field(
         count(1, 64),
         "a whole number from 1 to 64",
@@ -225,6 +235,13 @@ FIELDS: dict[str, Field] = {
         size(1, 1024), "1M to 1G; a plain number is MiB", "How much of a VM's console is kept."
     ),
     "qemu": Field(program, "a program on PATH, or its path", "The QEMU system emulator."),
+    "shared_dir": Field(
+        optional_path,
+        f"{_ABSOLUTE}, or none",
+        "Where images and memory templates lie that an administrator has built for all users "
+        "(`vmkernel setup-host`, docs/shared-hosts.md): images that are not in `images_dir`, and "
+        "templates before those in `cache_dir`.",
+    ),
     "images_dir": Field(absolute_path, _ABSOLUTE, "Where guest images lie."),
     "base_images_dir": Field(
         optional_path,
@@ -297,6 +314,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     env_file: Path | None = None
     files: FilesChoice = "ask"
     max_concurrent_vms: int = msgspec.field(default_factory=lambda: default_vm_limit())  # noqa: PLW0108 - defined below
+    max_vms_per_user: int | None = None
     max_concurrent_boots: int = 1
     pool_size: int = 1
     pool_max_idle: float = 1800.0
@@ -307,6 +325,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     boot_timeout: float = 240.0
     console_log_size: int = 1
     qemu: str = "qemu-system-x86_64"
+    shared_dir: Path | None = None
     images_dir: Path = msgspec.field(default_factory=lambda: default_dir("images_dir", os.environ))
     base_images_dir: Path | None = None
     """Another name of ``images_dir``, which has the value; here it is None again."""
@@ -415,6 +434,7 @@ def load_settings_with_sources(
         for name in ("images_dir", "cache_dir", "runtime_dir", "state_dir")
     }
     sources: dict[str, str] = {}
+    locked: frozenset[str] = frozenset()
 
     def take(name: str, value: object, source: str) -> None:
         field = FIELDS.get(name)
@@ -423,12 +443,20 @@ def load_settings_with_sources(
         parsed = _parse(name, field, value, source)
         if name == "base_images_dir":  # or it would win over an images_dir that comes later
             name = "images_dir"
+        if name in locked:
+            _require_same(name, parsed, source, values, system_config)
+            return
         values[name] = parsed
         sources[name] = source
 
-    for path in (system_config, default_dir("config_dir", environ) / "config.toml"):
-        for name, value in _read_config(path).items():
-            take(name, value, f"{path}, key {name!r}")
+    administrators = _read_config(system_config)
+    names = administrators.pop("locked", ())
+    for name, value in administrators.items():
+        take(name, value, f"{system_config}, key {name!r}")
+    locked = _locked(names, system_config)
+    path = default_dir("config_dir", environ) / "config.toml"
+    for name, value in _read_config(path).items():
+        take(name, value, f"{path}, key {name!r}")
     for name, value in (overrides or {}).items():
         take(name.replace("-", "_"), value, f"kernelspec option --{name.replace('_', '-')}")
     for variable, value in environ.items():
@@ -485,6 +513,45 @@ def _parse(name: str, field: Field, value: object, source: str) -> Any:
             f"Setting {name!r} is {shown} (from {source}): {why}. Allowed: {field.allowed}.",
             hint=f"change {source}",
         ) from error
+
+
+def locked_settings(system_config: Path = SYSTEM_CONFIG) -> frozenset[str]:
+    """The settings that the administrator has locked.  Raises SettingsError."""
+    return _locked(_read_config(system_config).get("locked", ()), system_config)
+
+
+def _locked(names: object, path: Path) -> frozenset[str]:
+    """The names under the key ``locked`` of the administrator's file."""
+    source = f"{path}, key 'locked'"
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise SettingsError(
+            f"{source}, is not a list of settings' names",
+            hint='write it like: locked = ["network", "workspace"]',
+        )
+    for name in names:
+        if name not in FIELDS:
+            raise _unknown(name, source)
+    # The two are names of one setting
+    return frozenset("images_dir" if name == "base_images_dir" else name for name in names)
+
+
+def _require_same(
+    name: str, value: object, source: str, values: Mapping[str, Any], system_config: Path
+) -> None:
+    """See that a locked setting is not changed; the value that it has anyway may be repeated."""
+    in_force = values[name] if name in values else getattr(Settings(**values), name)
+    if value != in_force:
+        raise SettingsError(
+            f"Setting {name!r} may not be changed (by {source}): the administrator has locked it "
+            f"in {system_config}; it is {_in_words(in_force)}.",
+            hint=f"remove it from {source}, or ask the administrator",
+        )
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _unknown(name: str, source: str) -> SettingsError:

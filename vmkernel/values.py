@@ -99,6 +99,17 @@ def count(lowest: int, highest: int) -> Callable[[object], int]:
     return parse
 
 
+def optional_count(lowest: int, highest: int) -> Callable[[object], int | None]:
+    """A parser of whole numbers from *lowest* to *highest*; None for "none": no limit."""
+
+    def parse(value: object) -> int | None:
+        if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+            return None
+        return count(lowest, highest)(value)
+
+    return parse
+
+
 def optional_time(value: object) -> float | None:
     """Seconds above 0, or None for "none": no limit."""
     seconds = optional_duration(value)

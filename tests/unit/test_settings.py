@@ -146,7 +146,7 @@ def test_a_wrong_type_in_a_file_names_the_file(load, tmp_path, text):
 def test_an_unknown_name_is_an_error_with_a_guess(load):
     with pytest.raises(SettingsError, match=r"no setting 'memroy'.*Did you mean 'memory'\?"):
         load(user="memroy = 1")
-    with pytest.raises(SettingsError, match=r"VMKERNEL_MAX_VMS.*max_concurrent_vms"):
+    with pytest.raises(SettingsError, match=r"VMKERNEL_MAX_VMS.*max_vms_per_user"):
         load(VMKERNEL_MAX_VMS="2")
     with pytest.raises(SettingsError, match="no setting 'xyzzy'"):
         load(overrides={"xyzzy": "1"})

@@ -41,6 +41,9 @@ COMMANDS: dict[str, _Entry] = {
     "logs": _Entry("vmkernel.cli.logs", "logs", "Show what a VM has said."),
     "pool": _Entry("vmkernel.cli.pool", "pool", "Kernels that wait ready for a front end."),
     "gc": _Entry("vmkernel.cli.gc", "gc", "Remove leftovers, old logs and unused templates."),
+    "setup-host": _Entry(
+        "vmkernel.cli.setup_host", "setup_host", "Set a host up for all its users (root)."
+    ),
     "doctor": _Entry("vmkernel.cli.doctor", "doctor", "Check all that the kernel needs."),
     "bench": _Entry("vmkernel.cli.bench", "bench", "Measure kernels beside plain ipykernel."),
     "settings": _Entry("vmkernel.cli.settings", "settings", "Show every setting and its source."),

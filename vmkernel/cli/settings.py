@@ -81,6 +81,8 @@ def settings_page() -> str:
         "",
         'A file holds one setting a line, as TOML: `memory = "4G"`. A wrong value or an unknown',
         "name is an error that names the setting, where it was found and what is allowed.",
+        'In `/etc` there may also be `locked = ["network", "workspace"]`: names of settings that',
+        "none of the later sources may change ([shared-hosts.md](shared-hosts.md)).",
         "`vmkernel settings` shows the values in force and where each came from.",
         "",
         "| Setting | Default | Allowed | Meaning |",

@@ -10,6 +10,10 @@ can leak or needs cleaning. What the bytes of the file mean is told in ``slotfil
     process = await asyncio.create_subprocess_exec("qemu…", pass_fds=[slot.fd])
     slot.handed_over()
 
+Where a user may have so many VMs only (``max_vms_per_user``), he takes one of that number first,
+in a queue of its own, so that somebody who waits for a VM of his to end keeps nobody else waiting.
+Both locks are on the one descriptor, in the one file.
+
 The queue is served strictly in order of arrival: only the first in line takes a free slot, and a
 newcomer takes one at once only when nobody waits. An exception keeps the queue alive: when a slot
 stays free for seconds while those in front do not move (stopped by a debugger, or under a lower
@@ -29,12 +33,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from vmkernel.errors import SettingsError, VmCapacityError
-from vmkernel.host.slotfile import MAX_SLOTS, SlotFile
+from vmkernel.host.slotfile import HOST, MAX_SLOTS, SlotFile, realm_of
 
 if TYPE_CHECKING:
     import asyncio  # else only by who waits: a kernel may start its VM before it imports this
@@ -56,6 +61,10 @@ _STALL_SECONDS = 3.0
 _STALL_STEP_SECONDS = 0.1
 
 
+OF_A_USER = "VM slot of yours"
+"""`QueuePosition.what` of who waits at his own limit."""
+
+
 class QueuePosition(NamedTuple):
     """Where a waiter stands: how many wait before it, and the use of the slots."""
 
@@ -67,6 +76,10 @@ class QueuePosition(NamedTuple):
     @property
     def text(self) -> str:
         """One line for a person, without a full stop."""
+        if self.what == OF_A_USER:
+            return f"{_reached(self.limit)}: waiting until one of them ends" + (
+                f", {self.ahead} ahead" if self.ahead else ""
+            )
         if self.ahead == 0:
             return f"waiting for a {self.what}: next in line, {self.used} of {self.limit} in use"
         kernels = "kernel" if self.ahead == 1 else "kernels"
@@ -143,6 +156,15 @@ class Slot:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def is_on(self, file: SlotFile) -> bool:
+        """Whether the lock is on this very file, and the descriptor ours."""
+        return self._descriptor >= 0 and self._file.inode == file.inode
+
+    def give_descriptor(self) -> int:
+        """The descriptor, which is the caller's from now on, with the lock on it."""
+        descriptor, self._descriptor = self._descriptor, -1
+        return descriptor
+
     def __enter__(self) -> Slot:
         return self
 
@@ -175,7 +197,10 @@ class Semaphore:
         what: str = "VM slot",
         setting: str = "max_concurrent_vms",
         name_of: Callable[[int, int], str] | None = None,
+        user: int | None = None,
+        within: Semaphore | None = None,
     ) -> None:
+        """``user``: his slots, not the host's.  ``within``: whose slot it takes one of, as well."""
         if not 1 <= limit <= MAX_SLOTS:
             raise SettingsError(
                 f"{setting} is {limit}",
@@ -186,6 +211,8 @@ class Semaphore:
         self._what = what
         self._setting = setting
         self._name_of = name_of
+        self.within = within
+        self._realm = HOST if user is None else realm_of(user)
         self._file: SlotFile | None = None
         self._replaced: list[SlotFile] = []  # removed under us, with slots still held
         self._watches: dict[asyncio.AbstractEventLoop, FileWatch] = {}
@@ -196,7 +223,15 @@ class Semaphore:
         Raises VmCapacityError when the semaphore file cannot be used.
         """
         file = self._current()
-        return None if file.anyone_waits() else self._take(file, label)
+        if file.anyone_waits():
+            return None
+        if self.within is None:
+            return self._take(file, label)
+        own = self.within.acquire_nowait(label=label)
+        if own is None:
+            return None
+        with own:
+            return self._take(file, label, own)
 
     async def acquire(
         self,
@@ -213,10 +248,26 @@ class Semaphore:
         """
         if slot := self.acquire_nowait(label=label):
             return slot
+        if self.within is None:
+            return await self._wait(None, on_wait, timeout, timeout, label)
+        began = time.monotonic()
+        with await self.within.acquire(on_wait=on_wait, timeout=timeout, label=label) as own:
+            left = None if timeout is None else max(0.0, timeout - (time.monotonic() - began))
+            return await self._wait(own, on_wait, left, timeout, label)
+
+    async def _wait(
+        self,
+        own: Slot | None,
+        on_wait: Callable[[QueuePosition], None] | None,
+        left: float | None,
+        timeout: float | None,
+        label: str,
+    ) -> Slot:
+        """Queue for a slot, for as long as is ``left`` of ``timeout``."""
         import asyncio
 
         loop = asyncio.get_running_loop()
-        deadline = None if timeout is None else loop.time() + timeout
+        deadline = None if left is None else loop.time() + left
         with self._watch(loop) as watch, contextlib.closing(_Waiter(self)) as waiter:
             again = len(AGAIN_SECONDS)
             told = None
@@ -225,7 +276,7 @@ class Semaphore:
                 file = waiter.file
                 watched = watch.follow(file.fileno())
                 now = loop.time()
-                if waiter.may_take(now) and (slot := waiter.take(label)):
+                if waiter.may_take(now) and (slot := waiter.take(label, own)):
                     return slot
                 if waiter.file is not file:  # it went over to a new file: watch that, look again
                     continue
@@ -245,11 +296,18 @@ class Semaphore:
                 again = 0 if await watch.sleep(pause) else again + 1
 
     def statistics(self) -> Statistics:
-        """Limit, used, free and waiting, now; VmCapacityError when the file cannot be used."""
+        """Limit, used, free and waiting, now; VmCapacityError when the file cannot be used.
+
+        Free are those that this user could take; of who waits at a user's limit, this user's count.
+        """
         file = self._current()
         used = len(file.held()) + self._elsewhere()
         waiting = file.waiting() + sum(old.waiting() for old in self._replaced)
-        return Statistics(self.limit, used, max(0, self.limit - used), waiting)
+        free = max(0, self.limit - used)
+        if self.within is not None:
+            own = self.within.statistics()
+            free, waiting = min(free, own.free), waiting + own.waiting
+        return Statistics(self.limit, used, free, waiting)
 
     def holders(self) -> list[Holder]:
         """Who holds the slots, in the order of the slots."""
@@ -286,7 +344,7 @@ class Semaphore:
     def _current(self) -> SlotFile:
         """The file now under the path. One that was replaced is kept while slots are held on it."""
         if self._file is None or not self._file.is_current():
-            newest = SlotFile(self.path)
+            newest = SlotFile(self.path, self._realm)
             known = [] if self._file is None else [self._file, *self._replaced]
             same = next((file for file in known if file.inode == newest.inode), newest)
             self._file = same  # the old one may have been moved back: never count it twice
@@ -298,17 +356,23 @@ class Semaphore:
     def _elsewhere(self) -> int:
         return sum(len(file.held()) for file in self._replaced)
 
-    def _take(self, file: SlotFile, label: str) -> Slot | None:
-        descriptor = file.open_lockable()
+    def _take(self, file: SlotFile, label: str, own: Slot | None = None) -> Slot | None:
+        """``own``: the user's, whose descriptor then carries both locks, and is the slot's."""
+        joined = own is not None and own.is_on(file)
+        descriptor = own.fd if own is not None and joined else file.open_lockable()
         try:
             if taken := file.take(descriptor, self.limit, self._elsewhere()):
+                if own is not None and joined:
+                    own.give_descriptor()
+                elif self.within is not None:  # the file was replaced meanwhile
+                    self.within._current().take(descriptor, self.within.limit)
                 index, lease = taken
                 slot = Slot(file, descriptor, index, lease, label)
                 descriptor = -1  # the slot's now
                 return slot
             return None
         finally:
-            if descriptor >= 0:
+            if descriptor >= 0 and not joined:
                 os.close(descriptor)
 
     @contextlib.contextmanager
@@ -336,6 +400,13 @@ class Semaphore:
         return name
 
     def _too_late(self, timeout: float, place: QueuePosition) -> VmCapacityError:
+        if place.what == OF_A_USER:
+            return VmCapacityError(
+                f"{_reached(self.limit)}, and none of them ended within {timeout:g} s; "
+                f"place in the queue: {place.ahead + 1}",
+                hint="shut down a kernel of yours (`vmkernel ps` lists them; `vmkernel pool stop` "
+                "ends those that wait), raise queue_timeout, or ask the administrator",
+            )
         holders = ", ".join(str(holder) for holder in self.holders()) or "nobody any more"
         return VmCapacityError(
             f"no {self._what} became free within {timeout:g} s: {place.used} in use, "
@@ -388,8 +459,12 @@ class _Waiter:
             return self.may_take(now)
         return turn
 
-    def take(self, label: str) -> Slot | None:
-        return self._semaphore._take(self.file, label)
+    def take(self, label: str, own: Slot | None) -> Slot | None:
+        return self._semaphore._take(self.file, label, own)
+
+
+def _reached(limit: int) -> str:
+    return f"your limit of {limit} VM{'' if limit == 1 else 's'} is reached (max_vms_per_user)"
 
 
 def vm_slots(settings: Settings) -> Semaphore:
@@ -404,7 +479,16 @@ def vm_slots(settings: Settings) -> Semaphore:
         return name_of_runner(settings, pid, lease)
 
     path = _semaphore_file(settings)
-    return Semaphore(path, settings.max_concurrent_vms, name_of=name_of)
+    within = None
+    if settings.max_vms_per_user is not None:
+        within = Semaphore(
+            path,
+            settings.max_vms_per_user,
+            what=OF_A_USER,
+            setting="max_vms_per_user",
+            user=os.geteuid(),
+        )
+    return Semaphore(path, settings.max_concurrent_vms, name_of=name_of, within=within)
 
 
 def boot_slots(settings: Settings) -> Semaphore:

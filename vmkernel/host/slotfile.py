@@ -1,7 +1,7 @@
 """One semaphore file: what its locks mean, and how it is opened.
 
 The file stays empty. All it says, it says by locks (``locks.py``), so that there is nothing to
-get damaged, to fill a disk or to clean up after a crash; three ranges of bytes are used:
+get damaged, to fill a disk or to clean up after a crash; these ranges of bytes are used:
 
 ====================  ==========================================================================
 byte                  locked while
@@ -12,6 +12,8 @@ LEASES + i,pid,serial slot i is held by *this* taking of it. The same descriptor
                       i, so both go at one instant; the number is never used twice. It tells a
                       slot that is still ours from one that was freed and taken by another, and
                       who took it (a hint: the taker may be dead and its VM alive)
+USERS + uid,i         one of the host's slots is held, or waited for, as the i-th of this user's
+USER_TICKETS + uid,n  someone waits to be one of this user's so many
 ====================  ==========================================================================
 
 Taking a ticket needs no mutex: two that pick the same number find out by the lock, and the loser
@@ -29,6 +31,7 @@ import errno
 import os
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
 from vmkernel.errors import VmCapacityError
 from vmkernel.host.locks import all_locks, find_lock, try_lock, unlock
@@ -36,6 +39,9 @@ from vmkernel.host.locks import all_locks, find_lock, try_lock, unlock
 MAX_SLOTS = 1 << 14
 _TICKETS = 1 << 61
 _LEASES = 1 << 62
+_USERS = 1 << 60
+_USER_TICKETS = _USERS + (1 << 59)
+_USER_TICKET_BITS = 26  # user ids have 32
 _PID_BITS = 22  # Linux: PID_MAX_LIMIT is 2**22 on 64-bit machines, proc(5)
 _SERIAL_BITS = 26
 
@@ -55,6 +61,25 @@ def _lease_range(index: int) -> tuple[int, int]:
     return start, start + (1 << (_PID_BITS + _SERIAL_BITS))
 
 
+class Realm(NamedTuple):
+    """Whose slots are meant, and where in the file their bytes lie."""
+
+    slots: int
+    tickets: int
+    end: int
+    """Of the tickets."""
+
+
+HOST = Realm(0, _TICKETS, _LEASES)
+"""The slots of all users."""
+
+
+def realm_of(uid: int) -> Realm:
+    """The slots of one user, of which each is also one of the host's."""
+    tickets = _USER_TICKETS + (uid << _USER_TICKET_BITS)
+    return Realm(_USERS + uid * MAX_SLOTS, tickets, tickets + (1 << _USER_TICKET_BITS))
+
+
 class SlotFile:
     """One inode of the semaphore file; lives as long as someone refers to it.
 
@@ -62,9 +87,10 @@ class SlotFile:
     own by ``open_lockable``, since locks belong to the open file description.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, realm: Realm = HOST) -> None:
         """Open ``path``, creating it (mode 0600) if need be; VmCapacityError when that fails."""
         self.path = path
+        self.realm = realm
         self._probe = -1  # for __del__, should opening fail
         try:
             self._probe = _open_or_create(path)
@@ -104,22 +130,26 @@ class SlotFile:
 
     def held(self) -> list[int]:
         """The slots in use, by anybody, in rising order."""
-        locks = self._locks(0, MAX_SLOTS)
-        return [index for first, after_last in locks for index in range(first, after_last)]
+        base = self.realm.slots
+        locks = self._locks(base, base + MAX_SLOTS)
+        return [byte - base for first, after_last in locks for byte in range(first, after_last)]
 
     def taker(self, index: int) -> tuple[int | None, int]:
         """The pid that took slot ``index``, as it called itself, and its lease; or (None, 0)."""
+        if self.realm != HOST:
+            return None, 0
         start, end = _lease_range(index)
         lock = self._any_lock(start, end)
         return (None, 0) if lock is None else ((lock[0] - start) >> _SERIAL_BITS, lock[0])
 
     def waiting(self, before: int | None = None) -> int:
         """How many wait; with ``before``, how many of them came before that ticket."""
-        return len(self._locks(_TICKETS, _LEASES if before is None else before))
+        return len(self._locks(self.realm.tickets, self.realm.end if before is None else before))
 
     def anyone_waits(self, before: int | None = None) -> bool:
         """Whether ``waiting`` would find anyone: one system call instead of many."""
-        return self._any_lock(_TICKETS, _LEASES if before is None else before) is not None
+        last = self.realm.end if before is None else before
+        return self._any_lock(self.realm.tickets, last) is not None
 
     def take(self, descriptor: int, limit: int, elsewhere: int = 0) -> tuple[int, int] | None:
         """Lock a free slot for ``descriptor``: its (index, lease byte), or None when full.
@@ -132,14 +162,17 @@ class SlotFile:
         held = set(self.held())
         if len(held) + elsewhere >= limit:
             return None
+        base = self.realm.slots
         try:
             for index in range(limit):
-                if index in held or not try_lock(descriptor, index):
+                if index in held or not try_lock(descriptor, base + index):
                     continue
-                above = elsewhere or find_lock(self._probe, limit, MAX_SLOTS) is not None
-                if above and len(self.held()) + elsewhere > limit:
-                    unlock(descriptor, index)
+                higher = find_lock(self._probe, base + limit, base + MAX_SLOTS)
+                if (elsewhere or higher) and len(self.held()) + elsewhere > limit:
+                    unlock(descriptor, base + index)
                     return None
+                if self.realm != HOST:
+                    return index, 0
                 lease = _new_lease(index)
                 try_lock(descriptor, lease)
                 return index, lease
@@ -174,26 +207,26 @@ class Ticket:
     def __init__(self, file: SlotFile) -> None:
         self._descriptor = file.open_lockable()
         try:
-            self.number = self._draw(file.fileno())
+            self.number = self._draw(file.fileno(), file.realm)
         except OSError as error:
             self.close()
             raise explain(error, file.path) from error
-        if self.number == _LEASES:
+        if self.number == file.realm.end:
             self.close()
             raise VmCapacityError(
                 f"another program has locked the queue of the semaphore file {file.path}",
                 hint="find and end it: `lslocks` shows who locks the file; it is for vmkernel only",
             )
 
-    def _draw(self, probe: int) -> int:
-        """Lock the number after the highest live one; ``_LEASES`` when there is none to be had."""
+    def _draw(self, probe: int, realm: Realm) -> int:
+        """Lock the number after the highest live one; the range's end when there is none left."""
         for _ in range(1000):  # each round lost means that another has just got a number
-            number = _TICKETS
-            while lock := find_lock(probe, number, _LEASES):
+            number = realm.tickets
+            while lock := find_lock(probe, number, realm.end):
                 number = lock[1]
-            if number == _LEASES or try_lock(self._descriptor, number):
+            if number == realm.end or try_lock(self._descriptor, number):
                 return number
-        return _LEASES
+        return realm.end
 
     def close(self) -> None:
         """Leave the queue; again is harmless."""

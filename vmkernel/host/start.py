@@ -97,6 +97,11 @@ def spec_for(settings: Settings, accelerator: Accelerator) -> Spec:
 
     qemu = find_qemu(settings.qemu, os.environ.get("PATH", os.defpath))
     image = find_image(settings.recipe, settings)
+    shared = None
+    if settings.shared_dir is not None:
+        from vmkernel.shared import shared_facts
+
+        shared = shared_facts(settings)
     kernel, kernel_digest = "", ""
     if settings.kernel_path is not None:
         from vmkernel.vm.guestkernel import own_kernel
@@ -112,7 +117,7 @@ def spec_for(settings: Settings, accelerator: Accelerator) -> Spec:
         memory=settings.memory,
         vcpus=settings.vcpus,
         scratch_size=settings.scratch_size,
-        tsc_khz=host_tsc_khz(settings.state_dir) if accelerator == "tcg" else 0,
+        tsc_khz=host_tsc_khz(settings.state_dir, shared) if accelerator == "tcg" else 0,
     )
 
 
@@ -144,13 +149,13 @@ def begin(settings: Settings, label: Label, slot: Slot | None = None) -> Started
 
 def shared_slots(settings: Settings) -> Semaphore:
     """The process's one view of the semaphore file: it remembers a file that was replaced."""
-    key = (settings.semaphore_file, settings.max_concurrent_vms)
+    key = (settings.semaphore_file, settings.max_concurrent_vms, settings.max_vms_per_user)
     if key not in _semaphores:
         _semaphores[key] = vm_slots(settings)
     return _semaphores[key]
 
 
-_semaphores: dict[tuple[Path, int], Semaphore] = {}
+_semaphores: dict[tuple[Path, int, int | None], Semaphore] = {}
 
 
 class VmStart:
@@ -322,7 +327,7 @@ class VmStart:
             choice = accel.remembered_choice(settings)
             if choice is None:
                 progress("testing whether KVM works here (once)")
-                choice = await accel.choose_accelerator(settings, self._probe_kvm)
+                choice = await accel.choose_accelerator(settings, lambda: probe_kvm(settings))
             self.warning = choice.warning
             spec = spec_for(settings, choice.accelerator)
             template = find_template(spec, settings)
@@ -333,7 +338,7 @@ class VmStart:
                     lambda text, done: progress(
                         f"preparing the VM template (first run only): {text}, {done:.0%}"
                     ),
-                    _BootSlot(settings, progress),
+                    boot_slot(settings, progress),
                 )
             progress("starting the VM")
             started = _spawn_clone(settings, spec, template, record, slot, env)
@@ -350,16 +355,18 @@ class VmStart:
             failure.hint = error.hint
         return failure
 
-    async def _probe_kvm(self) -> None:
-        from vmkernel.vm.build import prove_accelerator
 
-        spec = spec_for(self.settings, "kvm")
-        # The proof is about the machine: a VM that is too small to boot must not spoil it.
-        spec = msgspec.structs.replace(spec, memory=max(spec.memory, 512), vcpus=1)
-        await prove_accelerator(spec, self.settings, accel.PROBE_SECONDS)
+async def probe_kvm(settings: Settings) -> None:
+    """Boot a guest with KVM.  Raises VmError when that does not work."""
+    from vmkernel.vm.build import prove_accelerator
+
+    spec = spec_for(settings, "kvm")
+    # The proof is about the machine: a VM that is too small to boot must not spoil it.
+    spec = msgspec.structs.replace(spec, memory=max(spec.memory, 512), vcpus=1)
+    await prove_accelerator(spec, settings, accel.PROBE_SECONDS)
 
 
-class _BootSlot:
+class boot_slot:  # noqa: N801 - used like a function
     """Hold a boot slot, which bounds how many VMs boot from cold at once."""
 
     def __init__(self, settings: Settings, progress: Progress) -> None:

@@ -1,12 +1,14 @@
 """The images on this host: found, listed, verified, removed.
 
-An image is a directory ``<images_dir>/<recipe's name>`` with the files below and a manifest.
+An image is a directory ``<images_dir>/<recipe's name>`` with the files below and a manifest; one
+that is not there is looked for among the administrator's (`vmkernel.shared`).
 Finding one lies on the start path of a clone: it reads the manifest and the files' sizes, and
 nothing else. Whoever wants to know that every byte is right asks `verify_image`. Floor 2.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -101,13 +103,14 @@ def find_image(name: str, settings: Settings) -> Image:
         hint_name, name = name, load_recipe(name).name
     else:
         hint_name = name
-    directory = settings.images_dir / name
+    directory = _directory_of(name, settings)
     build = f"vmkernel image build {hint_name}"
     try:
         content = (directory / MANIFEST).read_bytes()
     except FileNotFoundError as error:
         raise ImageError(
-            f"There is no image {name!r} in {settings.images_dir}.", hint=f"build it: {build}"
+            f"There is no image {name!r} in {in_which_places(settings)}.",
+            hint=f"build it: {build}",
         ) from error
     except OSError as error:
         raise ImageError(
@@ -137,13 +140,50 @@ def find_image(name: str, settings: Settings) -> Image:
     return Image(name=name, directory=directory, manifest=manifest)
 
 
+def _directory_of(name: str, settings: Settings) -> Path:
+    """The user's own image, where there is one; else the administrator's, if he built it."""
+    own = settings.images_dir / name
+    if settings.shared_dir is not None and not os.path.lexists(own):
+        from vmkernel.shared import shared_images
+
+        shared = shared_images(settings)
+        if shared is not None and os.path.lexists(shared / name):
+            return shared / name
+    return own
+
+
+def in_which_places(settings: Settings) -> str:
+    """Where images were looked for, in words."""
+    if settings.shared_dir is None:
+        return str(settings.images_dir)
+    from vmkernel.shared import distrust
+
+    shared = settings.shared_dir / "images"
+    problem = distrust(shared)
+    aside = f" (from which nothing is taken: {problem})" if problem else ""
+    return f"{settings.images_dir} or {shared}{aside}"
+
+
+def is_shared(image: Image, settings: Settings) -> bool:
+    """Whether it is one that the administrator built for all users."""
+    return settings.shared_dir is not None and image.directory.parent == (
+        settings.shared_dir / "images"
+    )
+
+
 def list_images(settings: Settings) -> list[tuple[str, Image | ImageError]]:
-    """Every image in ``images_dir``, by name; one that cannot be used comes with its error."""
+    """Every image at hand, by name; one that cannot be used comes with its error."""
     found: list[tuple[str, Image | ImageError]] = []
-    try:
-        names = sorted(entry.name for entry in os.scandir(settings.images_dir) if entry.is_dir())
-    except OSError:
-        return []
+    places = [settings.images_dir]
+    if settings.shared_dir is not None:
+        from vmkernel.shared import shared_images
+
+        places += [place for place in (shared_images(settings),) if place is not None]
+    there: set[str] = set()
+    for place in places:
+        with contextlib.suppress(OSError):
+            there |= {entry.name for entry in os.scandir(place) if entry.is_dir()}
+    names = sorted(there)
     for name in names:
         if name.startswith("."):
             continue  # under way, or left by a builder that was killed

@@ -468,6 +468,8 @@ def _remove(directory: Path) -> None:
 
 def _prune(settings: Settings, keep: Path) -> None:
     """Remove templates that nobody used for long: new ones replace them as versions change."""
+    if settings.shared_dir == settings.cache_dir:
+        return  # the store of all users, who leave no trace there: `vmkernel setup-host` sweeps it
     for directory, _ in list_templates(settings):
         try:
             idle = time.time() - (directory / "used").stat().st_mtime

@@ -214,16 +214,34 @@ def templates_dir(settings: Settings) -> Path:
 def find_template(spec: Spec, settings: Settings) -> Template | None:
     """The template for ``spec``, or None when there is none or it is not whole any more.
 
+    The administrator's before the user's own: its memory is shared with other users' VMs.
     Cheap: one small file is read, four are looked at.
     """
+    key = spec.key()
+    if settings.shared_dir is not None:
+        template = _find_shared(key, settings)
+        if template is not None:
+            return template
     try:
-        return _load(templates_dir(settings) / spec.key())
+        return _load(templates_dir(settings) / key)
     except TemplateError:
         return None
 
 
-def _load(directory: Path) -> Template | None:
-    """Raises TemplateError when it is there but damaged."""
+def _find_shared(key: str, settings: Settings) -> Template | None:
+    from vmkernel.shared import distrust, shared_templates
+
+    directory = shared_templates(settings)
+    if directory is None or distrust(directory / key):
+        return None
+    try:
+        return _load(directory / key, shared=True)
+    except TemplateError:
+        return None
+
+
+def _load(directory: Path, *, shared: bool = False) -> Template | None:
+    """``shared``: nobody else may be able to write to it.  Raises TemplateError when damaged."""
     try:
         raw = (directory / "manifest.json").read_bytes()
     except FileNotFoundError:
@@ -244,12 +262,22 @@ def _load(directory: Path) -> Template | None:
                 wanted.mtime_ns,
             ):
                 raise ValueError(f"{name} is not the file that was built")
+            if shared and (found.st_mode & 0o022 or found.st_uid not in (0, os.geteuid())):
+                raise ValueError(f"others may write to {name}")
     except (msgspec.MsgspecError, OSError, ValueError, KeyError) as error:
         raise TemplateError(
             f"the template {directory} is damaged: {error}",
             hint="it is built again by the next kernel",
         ) from error
     return Template(directory, manifest)
+
+
+def open_to_all(directory: Path) -> None:
+    """Let every user clone from this template, and none change it.  Raises OSError."""
+    for name in (*_FILES, "manifest.json"):
+        (directory / name).chmod(0o444)
+    (directory / "used").chmod(0o644)
+    directory.chmod(0o755)
 
 
 def list_templates(settings: Settings) -> list[tuple[Path, Template | TemplateError]]:

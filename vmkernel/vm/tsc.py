@@ -38,11 +38,21 @@ _REFINED = re.compile(r"tsc: Refined TSC clocksource calibration: (\d+)\.(\d{3})
 _DETECTED = re.compile(r"tsc: Detected (\d+)\.(\d{3}) MHz")
 
 
-def host_tsc_khz(state_dir: Path) -> int:
+def host_tsc_khz(state_dir: Path, shared: Path | None = None) -> int:
     """The TSC's frequency in kHz; the same at every call, as `state_dir` remembers it.
 
+    Users who may not read the kernel's log each measure another last digit: what the administrator
+    found, and keeps in ``shared``, is everybody's value, so that his templates are.
     Raises VmBootError when this is no x86-64 machine or no way works.
     """
+    if shared is not None:
+        theirs = read_facts(shared).get("tsc")
+        if isinstance(theirs, dict) and isinstance(theirs.get("khz"), int):
+            khz = int(theirs["khz"])
+            if theirs.get("boot_id") == _read(_BOOT_ID) and _plausible(khz):
+                return khz
+            ours = host_tsc_khz(state_dir)
+            return khz if abs(khz - ours) * 1_000_000 <= ours * _SAME_PPM else ours
     boot_id = _read(_BOOT_ID)
     known = read_facts(state_dir).get("tsc")
     old_khz = 0
