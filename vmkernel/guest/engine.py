@@ -462,7 +462,10 @@ class Engine:
         """Ask vmkernel on the host; the content of its reply.  An interrupt ends the wait."""
         number = str(uuid.uuid4())
         parent = self.kernel.get_parent("shell").get("header", {}).get("msg_id", "")
-        content = {"id": number, "command": command, "arguments": arguments}
+        content: dict[str, Any] = {"id": number, "command": command, "arguments": arguments}
+        with suppress(OSError):  # it was removed
+            cwd = os.getcwd()
+            content |= {"cwd": cwd, "writable": os.access(cwd, os.W_OK)}
 
         def send() -> None:
             self.pump.publish()

@@ -193,6 +193,8 @@ def work(agent: socket.socket, shared: mmap.mmap) -> None:
                     result = lister.page(path, skip)
                 case messages.MakeDirectory(path=path, mode=mode):
                     make_directory(path, mode)
+                case messages.MoveFile(path=path, target=target, replace=replace):
+                    move(path, target, replace)
         except OSError as failure:
             result = {"errno": failure.errno or errno.EIO}
         except ValueError:  # a NUL in a path
@@ -260,6 +262,28 @@ def make_directory(path: bytes, mode: int) -> None:
             raise
 
 
+def move(source: bytes, target: bytes, replace: bool) -> None:
+    """Give a file or directory another name; a directory's files go into one that is there."""
+    if not replace and os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, "there is something of that name")
+    if not (_is_directory(source) and _is_directory(target)):
+        os.rename(source, target)
+        return
+    with os.scandir(source) as entries:
+        names = [entry.name for entry in entries]
+    for name in names:
+        move(os.path.join(source, name), os.path.join(target, name), replace)
+    os.rmdir(source)
+
+
+def _is_directory(path: bytes) -> bool:
+    """Whether it is one, and no link to one."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
 class Lister:
     """Tells what is in a directory, a page at a time."""
 
@@ -288,6 +312,7 @@ def _facts(found: os.stat_result) -> Result:
         "kind": kinds.get(stat.S_IFMT(found.st_mode), "other"),
         "size": found.st_size,
         "mode": stat.S_IMODE(found.st_mode),
+        "modified": max(0, found.st_mtime_ns // 1000),
     }
 
 
@@ -295,4 +320,4 @@ def _entry_facts(entry: os.DirEntry[bytes]) -> tuple[Any, ...]:
     try:
         return tuple(_facts(entry.stat(follow_symlinks=False)).values())
     except OSError:  # gone since
-        return ("other", 0, 0)
+        return ("other", 0, 0, 0)

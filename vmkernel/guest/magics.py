@@ -6,6 +6,7 @@ the line to the host, which knows the VM, and prints what comes back.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,13 @@ class VmMagics(Magics):
         """Ask about this kernel's virtual machine.
 
         ``%vm`` or ``%vm info`` shows its recipe, memory, accelerator, age, slot and settings;
-        ``%vm help`` lists all commands.
+        ``%vm put LOCAL [PATH]`` and ``%vm get PATH [LOCAL]`` copy files into it and out of it,
+        where the host lets them; ``%vm help`` lists all commands.
         """
-        command, *arguments = line.split() or ["info"]
+        try:
+            command, *arguments = shlex.split(line) or ["info"]
+        except ValueError as error:
+            raise UsageError(f"%vm {line}: {error}") from None
         reply = self._call_host(command, arguments)
         if reply.get("status") != "ok":
             raise UsageError(str(reply.get("evalue", "the host gave no reason")))

@@ -70,6 +70,20 @@ class GuestFiles:
         """Make a directory, or find it there."""
         await self._ask(messages.MakeDirectory(_checked(path), mode), (), _Done)
 
+    async def move(self, path: bytes, target: bytes, *, replace: bool) -> None:
+        """Give it another name; with ``replace`` also one that something has already."""
+        command = messages.MoveFile(_checked(path), _checked(target), replace)
+        await self._ask(command, (), _Done)
+
+    async def look(self, path: bytes) -> files.FileListing | None:
+        """What is there (a directory's first entries); None when nothing is."""
+        try:
+            return await self.listing(path)
+        except VmFileError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.ENOENT:
+                return None
+            raise
+
     async def listing(self, path: bytes, skip: int = 0) -> files.FileListing:
         """What is there; the names are single names, and none twice within a page."""
         command = messages.ListFiles(_checked(path), skip)
@@ -103,7 +117,9 @@ class _Done(msgspec.Struct, forbid_unknown_fields=True):
 def refusal(path: bytes, number: int) -> VmFileError:
     """The error for what the guest's system did not do."""
     why, hint = _REFUSALS.get(number, (os.strerror(number), ""))
-    return VmFileError(f"In the guest, {shown(path)}: {why}", hint=hint)
+    error = VmFileError(f"In the guest, {shown(path)}: {why}", hint=hint)
+    error.__cause__ = OSError(number, os.strerror(number))
+    return error
 
 
 def shown(path: bytes) -> str:

@@ -212,6 +212,11 @@ class GuestSupply:
 
     # --- facts ---
 
+    @property
+    def connection_file(self) -> str:
+        """This kernel's, with the key to it."""
+        return self._label.connection_file
+
     def guest_info(self) -> dict[str, Any] | None:
         """The guest kernel's kernel_info, once a template is known."""
         if self._info is None and self._begun is not None:

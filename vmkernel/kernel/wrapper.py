@@ -20,6 +20,7 @@ import msgspec
 from vmkernel.errors import VmError, VmExpiredError, VmGuestError
 from vmkernel.host import contents
 from vmkernel.kernel import local
+from vmkernel.kernel.asking import Asking
 from vmkernel.kernel.history import History
 from vmkernel.kernel.lane import EXECUTE, Exchange, Lane
 from vmkernel.kernel.policy import Outputs
@@ -94,7 +95,8 @@ class Wrapper:
         self._comms: OrderedDict[str, str] = OrderedDict()
         self._meanwhile: OrderedDict[str, bytes] = OrderedDict()
         """Headers of comm messages sent beside a cell, of whose end nothing was said yet"""
-        self._questions = Questions(self.supply)
+        self._asking = Asking(sockets, lambda: any(e.asked for e in self._with_guest.values()))
+        self._questions = Questions(self.supply, settings, sockets, self._asking)
         self._one_control = asyncio.Lock()
         self._interrupting: asyncio.Task[None] | None = None
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -357,6 +359,7 @@ class Wrapper:
                 if exchange.done.done():
                     return
                 exchange.interrupted = True
+                self._questions.interrupt(exchange)
             if guest is not None:
                 await guest.interrupt(kill=exchange is not None and exchange.warned)
                 if exchange is not None and not exchange.done.done():
@@ -384,6 +387,8 @@ class Wrapper:
     # --- stdin ---
 
     def _on_input_reply(self, request: Request) -> None:
+        if self._asking.heard(request):
+            return
         guest = self.supply.current
         asking = [exchange for exchange in self._with_guest.values() if exchange.asked]
         if not asking or guest is None or request.msg_type != "input_reply":
@@ -441,6 +446,9 @@ class Wrapper:
         request = exchange.request
         if request.msg_type == EXECUTE and request.content.get("allow_stdin") is False:
             self._odd("questions where none are allowed", message)
+            return
+        if self._asking.open:  # an answer is meant for one of us
+            self._odd("questions while vmkernel asked one", message)
             return
         if exchange.asked:  # after an interrupt it may ask again; nobody can answer a flood
             self.supply.charge(pace.QUESTION)
@@ -588,11 +596,11 @@ class Wrapper:
             self._odd("questions while too many were open", message)
         else:
             self._questions_open += 1
-            self._spawn(self._answer_question(message.content))
+            self._spawn(self._answer_question(message.content, exchange))
 
-    async def _answer_question(self, content: dict[str, Any]) -> None:
+    async def _answer_question(self, content: dict[str, Any], exchange: Exchange | None) -> None:
         try:
-            await self._questions.answer(content)
+            await self._questions.answer(content, exchange)
         finally:
             self._questions_open -= 1
 

@@ -33,6 +33,8 @@ class FileEntry(msgspec.Struct, array_like=True, forbid_unknown_fields=True):
     kind: FileKind
     size: Amount
     mode: FileMode
+    modified: Amount = 0
+    """Microseconds since the epoch"""
 
 
 class FileListing(msgspec.Struct, forbid_unknown_fields=True):
@@ -43,3 +45,4 @@ class FileListing(msgspec.Struct, forbid_unknown_fields=True):
     mode: FileMode
     entries: Annotated[list[FileEntry], msgspec.Meta(max_length=MAX_ENTRIES)]
     more: bool
+    modified: Amount = 0

@@ -54,7 +54,7 @@ class FromGuest(msgspec.Struct, array_like=True, forbid_unknown_fields=True, fro
     message about a request is iopub ``status``: idle.  On channel "vm" the guest kernel speaks to
     vmkernel itself: ``awaiting`` when a cell waits in the event loop, so that comm messages can
     be served meanwhile; ``vm_request`` with a question (content: ``id``, ``command``,
-    ``arguments``), answered by a ``vm_reply``.
+    ``arguments``, ``cwd``, ``writable``), answered by a ``vm_reply``.
 
     A ``stream`` may have its text, in UTF-8, as its one buffer: see :func:`take_text`.
     """
@@ -165,7 +165,19 @@ class MakeDirectory(msgspec.Struct, tag="make_directory", forbid_unknown_fields=
     mode: FileMode
 
 
-FileCommand = ReadFile | WriteFile | ListFiles | MakeDirectory
+class MoveFile(msgspec.Struct, tag="move_file", forbid_unknown_fields=True):
+    """Give a file or directory another name on the same disk; the result is empty.
+
+    What has that name already is refused (EEXIST), or with ``replace`` goes: a file as a whole, of
+    a directory the files that come anew.
+    """
+
+    path: FilePath
+    target: FilePath
+    replace: bool
+
+
+FileCommand = ReadFile | WriteFile | ListFiles | MakeDirectory | MoveFile
 Command = Wake | SetClock | Interrupt | StartKernel | Stats | FileCommand
 
 
