@@ -25,6 +25,7 @@ from vmkernel.cli.checks_host import (
     sandbox,
     start_tools,
 )
+from vmkernel.cli.checks_shared import semaphore_file, shared_store
 from vmkernel.errors import SettingsError, VmError
 from vmkernel.settings import Settings, ensure_private_dir, load_settings_with_sources
 
@@ -53,7 +54,9 @@ def run_checks() -> list[Check]:
         ("image", _image),
         ("image building", build_tools),
         ("template", _template),
+        ("shared store", shared_store),
         ("VM slots", _slots),
+        ("semaphore file", semaphore_file),
         ("pool", _pool),
         ("record of VMs", _record),
         ("runtime dir", _runtime_dir),
@@ -164,6 +167,13 @@ def _slots(settings: Settings) -> Check:
     semaphore.check()
     use = semaphore.statistics()
     found = f"{use.free} of {use.limit} free, {use.waiting} waiting, in {settings.semaphore_file}"
+    if semaphore.within is not None:
+        own = semaphore.within.statistics()
+        found += f"; {own.used} of the {own.limit} that you may have (max_vms_per_user)"
+        if own.free == 0:
+            return Check(
+                "VM slots", "warning", found, "a new kernel of yours waits until one of them ends"
+            )
     if use.free == 0:
         holders = "; ".join(str(holder) for holder in semaphore.holders()[:5])
         return Check(
@@ -211,6 +221,7 @@ def _kernelspec(settings: Settings) -> Check:
     import json
 
     from vmkernel.cli.install import installed_kernelspecs
+    from vmkernel.image.store import has_image
 
     found = installed_kernelspecs()
     if not found:
@@ -228,7 +239,7 @@ def _kernelspec(settings: Settings) -> Check:
     for name, path in found.items():
         for word in json.loads((path / "kernel.json").read_text())["argv"]:
             recipe = word.removeprefix("--recipe=")
-            if recipe != word and not (settings.images_dir / recipe / "manifest.json").is_file():
+            if recipe != word and not has_image(recipe, settings):
                 return Check(
                     "kernelspec", "warning", f"{name} in {path} needs the image {recipe!r}, "
                     "which is not built", f"vmkernel image build {recipe}",

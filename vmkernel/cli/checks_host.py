@@ -83,7 +83,9 @@ def _user_namespace_problem() -> str:
 
 def disk_space(settings: Settings) -> Check:
     """Room and the right to write, wherever vmkernel writes."""
-    image_there = (settings.images_dir / settings.recipe / "manifest.json").is_file()
+    from vmkernel.image.store import has_image
+
+    image_there = has_image(settings.recipe, settings)
     # A template holds the touched part of the guest's memory; a scratch disk grows with use.
     wanted = {
         "images": (settings.images_dir, 0 if image_there else _IMAGE_BYTES),

@@ -41,17 +41,21 @@ def vms_on_host(
     ]
 
 
-def slots(settings: Settings) -> dict[str, int]:
-    """The slots of the host: limit, used, free, waiting."""
+def slots(settings: Settings) -> dict[str, Any]:
+    """The slots of the host: limit, used, free, waiting; and this user's, where he has a limit."""
     from vmkernel.host.capacity import vm_slots
 
-    return dict(vm_slots(settings).statistics()._asdict())
+    semaphore = vm_slots(settings)
+    own = semaphore.within.statistics()._asdict() if semaphore.within is not None else None
+    return {**semaphore.statistics()._asdict(), "user": own}
 
 
-def slots_line(slots: dict[str, int]) -> str:
+def slots_line(slots: dict[str, Any]) -> str:
     """The same in words."""
     waiting = f", {slots['waiting']} waiting" if slots["waiting"] else ""
-    return f"{slots['used']} of {slots['limit']} VM slots in use{waiting}"
+    own = slots["user"]
+    yours = f", {own['used']} of your {own['limit']} (max_vms_per_user)" if own else ""
+    return f"{slots['used']} of {slots['limit']} VM slots in use{yours}{waiting}"
 
 
 def purpose(vm: dict[str, Any]) -> str:

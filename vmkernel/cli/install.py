@@ -246,6 +246,7 @@ def install(
     Settings that are not given here come from the configuration files and the environment when
     a notebook is opened (`vmkernel settings`).
     """
+    from vmkernel.image.store import has_image, in_which_places
     from vmkernel.settings import load_settings
 
     options = {"recipe": recipe, "memory": memory, "vcpus": vcpus}
@@ -265,9 +266,9 @@ def install(
     display_name = json.loads((target / "kernel.json").read_text())["display_name"]
     click.echo(f"Installed {name!r} ({display_name}) in {target}")
     settings = load_settings(given)
-    if not (settings.images_dir / settings.recipe / "manifest.json").is_file():
+    if not has_image(settings.recipe, settings):
         click.echo(
-            f"warning: there is no image {settings.recipe!r} in {settings.images_dir} yet; "
+            f"warning: there is no image {settings.recipe!r} in {in_which_places(settings)} yet; "
             f"build it with: vmkernel image build {settings.recipe}",
             err=True,
         )

@@ -7,6 +7,7 @@ Where it stands: over ``host.start``, of whose staircase a template's making is 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -138,7 +139,7 @@ def why_not_shared(spec: Spec, settings: Settings) -> str:
     if problem:
         return problem
     store = msgspec.structs.replace(settings, cache_dir=settings.shared_dir)
-    wanted = spec.inputs()
+    wanted = json.loads(json.dumps(spec.inputs()))  # as a manifest has them
     found = []
     for _, template in list_templates(store):
         if isinstance(template, VmError) or template.manifest.recipe != spec.image.name:

@@ -152,6 +152,11 @@ def _directory_of(name: str, settings: Settings) -> Path:
     return own
 
 
+def has_image(name: str, settings: Settings) -> bool:
+    """Whether there is such an image at hand, damaged or not."""
+    return (_directory_of(name, settings) / MANIFEST).is_file()
+
+
 def in_which_places(settings: Settings) -> str:
     """Where images were looked for, in words."""
     if settings.shared_dir is None:

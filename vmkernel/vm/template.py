@@ -157,7 +157,11 @@ class Template:
 
         fd = -1
         try:
-            fd = _open_nameless(directory)
+            try:
+                fd = _open_nameless(directory)
+            except FileNotFoundError:  # who has used the administrator's templates only
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                fd = _open_nameless(directory)
             with open(self.directory / "scratch.qcow2", "rb") as source:
                 data = source.read()
             while data:
