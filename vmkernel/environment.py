@@ -38,6 +38,12 @@ _OF_THE_NETWORK = frozenset(
 )
 _PREFIXES_OF_THE_NETWORK = ("PIP_", "UV_")
 
+# By which pip on this host finds its index, and whatever runs here the outside
+_OUTWARD = frozenset(
+    "HTTP_PROXY HTTPS_PROXY ALL_PROXY NO_PROXY SSL_CERT_FILE SSL_CERT_DIR REQUESTS_CA_BUNDLE "
+    "CURL_CA_BUNDLE NETRC XDG_CONFIG_HOME XDG_CONFIG_DIRS RES_OPTIONS LOCALDOMAIN".split()
+)
+
 _ESCAPES = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "$": "$", "'": "'"}
 
 
@@ -56,6 +62,15 @@ def plain(environ: Mapping[str, str]) -> dict[str, str]:
         name: value
         for name, value in environ.items()
         if name in PLAIN or name.startswith(PLAIN_PREFIXES)
+    }
+
+
+def outward(environ: Mapping[str, str]) -> dict[str, str]:
+    """What the owner of a VM needs besides, to reach the network for it (`host.network`)."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name.upper() in _OUTWARD or name.startswith("PIP_")
     }
 
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from vmkernel.guest import guard, usage, wake
+from vmkernel.guest import guard, network, usage, wake
 from vmkernel.guest.files import Files
 from vmkernel.guest.port import Port, open_port
 from vmkernel.protocol import frames, messages
@@ -74,6 +74,7 @@ class Agent:
         self._oom_kills = 0
         self._meter = usage.Meter()
         self._files = Files(become_user, self._reply)
+        self._network = network.Network()
         self._config: dict[str, Any] = {}
         self._machine: wake.Machine
         self._template = True  # in the making, until somebody wakes it
@@ -109,6 +110,7 @@ class Agent:
                 self.port.fd: self._receive,
                 self._status: self._on_status,
                 self._files.fd: self._files.receive,
+                self._network.fd: self._network.start,
                 self._signal_read: self._reap,
             }
             sources.pop(-1, None)
@@ -147,6 +149,7 @@ class Agent:
                 for fd in (self.port.fd, self._signal_read, self._signal_write, status):
                     os.close(fd)
                 self._files.disown()
+                self._network.disown()
                 self._machine.disown()
                 if marker is not None:  # what a dead kernel left would hold memory and processor
                     guard.end_the_others()
@@ -196,6 +199,8 @@ class Agent:
                 return
             if pid == self.kernel_pid:
                 self._on_kernel_death(status)
+            elif pid == self._network.pid:
+                self._network.ended()
         os.write(self._signal_write, b"\0")  # the pipe was just emptied: there is room
 
     def _on_kernel_death(self, status: int) -> None:
@@ -231,6 +236,8 @@ class Agent:
             if isinstance(call.command, messages.FileCommand):
                 self._files.submit(call.id, bytes(body), buffers[0] if buffers else b"")
                 return  # its reply comes when it comes
+            if isinstance(call.command, messages.OpenNetwork):
+                self._network.open(call.command.marker, bytes(buffers[0]) if buffers else b"")
             result = self._perform(call.command) or {}
             error = ""
         except Exception as failure:  # whatever it was: the host must hear of it

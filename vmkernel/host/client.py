@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vmkernel.environment import outward
 from vmkernel.errors import (
     CodeRan,
     ProtocolError,
@@ -48,6 +49,12 @@ BUSY_SECONDS = 10.0
 """How long a runner may leave a new connection in its queue, when that is full."""
 CANCEL_SECONDS = 20.0
 """How long a cancelled run is waited for: interrupt, end of its kernel, and then some."""
+
+
+def _environment(settings: Settings) -> dict[str, str]:
+    """What of ours a runner gets."""
+    env = {name: os.environ[name] for name in _PASSED if name in os.environ}
+    return env if settings.network == "none" else env | outward(os.environ)
 
 
 class RunnerProcess:
@@ -151,7 +158,7 @@ def spawn_runner(
                 [sys.executable, "-I", str(_PROGRAM), vm_id, str(settings.database_file.resolve()),
                  *map(str, inherited)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=inherited, cwd="/",
-                env={name: os.environ[name] for name in _PASSED if name in os.environ},
+                env=_environment(settings),
                 start_new_session=True,  # Ctrl-C in our terminal is not for it
             )  # fmt: skip
         finally:

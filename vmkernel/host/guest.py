@@ -11,6 +11,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -21,6 +22,9 @@ from vmkernel.protocol.bounds import TooMuchError
 from vmkernel.vm import pace
 from vmkernel.vm.machine import Spawned, Vm
 from vmkernel.vm.oddities import Oddities
+
+if TYPE_CHECKING:
+    from vmkernel.host.network import Network
 
 LAST_WORDS = 0.01
 """Seconds of silence after which a dead guest kernel has said all."""
@@ -83,6 +87,7 @@ class Guest:
         self._woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._heard = False
         """Whether what the guest kernel says is passed on: once it is awake"""
+        self._last_cell = ""
         self._ready: asyncio.Future[None] | None = None
         self._death: KernelDeath | None = None
         self._hearing = False
@@ -98,12 +103,15 @@ class Guest:
         if pause:
             self.vm.kernel.pause_for(pause)
 
-    async def wake(self, timeout: float) -> None:
+    async def wake(self, timeout: float, network: Network | None = None) -> None:
         """Make a fresh clone different from its twins, machine and guest kernel at once.
 
-        Nothing else may be sent before this returned.  Raises VmGuestError.
+        And give it its network.  Nothing else may be sent before this returned.  Raises
+        VmGuestError.
         """
         await self.vm.wake(self.vm.machine.vm_id, timeout)
+        if network is not None:
+            await network.open(self.vm.agent)
         await self._kernel_woken(timeout)
 
     async def _kernel_woken(self, timeout: float) -> None:
@@ -128,8 +136,16 @@ class Guest:
 
         Raises VmGuestError when the VM has ended.
         """
+        if request.msg_type == "execute_request":
+            self._last_cell = request.msg_id
         port = self.vm.control if while_busy else self.vm.kernel
         port.send(messages.encode_json(request), buffers)
+
+    def tell(self, text: str) -> None:
+        """Say something, on standard error, in the cell that runs or ran last."""
+        if self._last_cell and self._heard and self.vm.running:
+            content = {"name": "stderr", "text": text}
+            self._on_output(messages.FromGuest("iopub", "stream", self._last_cell, {}, content), [])
 
     async def interrupt(self, *, kill: bool = False) -> None:
         """SIGINT to the guest kernel and its children, or SIGKILL.  Raises VmGuestError."""

@@ -40,6 +40,7 @@ from vmkernel.vm.template import Spec, Template, ensure_template, find_template
 
 if TYPE_CHECKING:
     from vmkernel.host.guest import Guest, KernelDeath, OnOutput
+    from vmkernel.host.network import Network
     from vmkernel.settings import LoadedSettings, Settings
     from vmkernel.vm.command import Accelerator
     from vmkernel.vm.oddities import Oddities
@@ -184,6 +185,7 @@ class VmStart:
         self.directory: Path | None = None
         """Removed at the VM's end: a runner's."""
         self._guest: Guest | None = None
+        self._network: Network | None = None
         self._recorder = Recorder(settings, label.vm_id)
 
     async def guest(
@@ -229,7 +231,12 @@ class VmStart:
             if qemu is not None:
                 pids = {"qemu_pid": qemu.pid, "qemu_start": qemu.start_time}
                 self.record = msgspec.structs.replace(started.record, **pids)
-            await guest.wake(self.settings.start_timeout)
+            if self.settings.network != "none":
+                from vmkernel.host.network import Network
+
+                log_path = log_dir(self.settings, self.vm_id) / "network.log"
+                self._network = Network(self.settings, started.spawned, log_path, guest.tell)
+            await guest.wake(self.settings.start_timeout, self._network)
             await self._recorder.written()
             awake = True
             trace.mark("guest awake")
@@ -292,6 +299,9 @@ class VmStart:
         try:
             if self.label.vm_id and self._recorder.begun:  # others may want to start it again
                 self._recorder.stopping()
+            network, self._network = self._network, None
+            if network is not None:
+                await network.close()
             if guest is not None:
                 await guest.close()
                 if guest.vm.process.called_what_is_absent:
@@ -388,13 +398,19 @@ def environment(label: Label, settings: Settings) -> dict[str, str]:
     """What is added to the environment of this VM's guest kernel.
 
     Raises:
-        SettingsError: `env_file` cannot be taken.
+        SettingsError: `env_file` cannot be taken, or `network_allow` not be understood.
     """
     from vmkernel.host.waking import given_environment, guest_environment
 
-    if label.env is not None:
-        return label.env
-    return guest_environment() | given_environment(settings)
+    env = label.env
+    if env is None:
+        env = guest_environment() | given_environment(settings)
+    if settings.network != "none":
+        from vmkernel.host.network import check, guest_variables
+
+        check(settings)
+        env = env | guest_variables(settings)
+    return env
 
 
 def log_dir(settings: Settings, vm_id: str) -> Path:

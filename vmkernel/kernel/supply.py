@@ -256,7 +256,7 @@ class GuestSupply:
             "accelerator": self._accelerator or "not known yet",
             "outputs": settings.outputs,
             "workspace": "none: the host's files are not seen here",
-            "network": "none",
+            "network": self._network_in_words(),
         }
         given = in_words(settings.env, settings.env_file, os.environ)
         if given:
@@ -267,6 +267,13 @@ class GuestSupply:
         if self.oddities.total:
             facts["dropped"] = self.oddities.in_words()
         return facts
+
+    def _network_in_words(self) -> str:
+        if self._settings.network == "none":
+            return "none"
+        from vmkernel.host.network import in_words as network_in_words
+
+        return network_in_words(self._settings)
 
     def _limits_in_words(self) -> dict[str, str]:
         from vmkernel.host.limits import spoken

@@ -114,6 +114,16 @@ class Stats(msgspec.Struct, tag="stats", forbid_unknown_fields=True):
     """Ask what the guest kernel and the machine use: the reply's result is a `Usage`."""
 
 
+class OpenNetwork(msgspec.Struct, tag="open_network", forbid_unknown_fields=True):
+    """Listen for those who want to reach the network, and carry them by port "network".
+
+    Its streams (`vmkernel.protocol.mux`) begin behind ``marker``.  The call's one buffer has
+    certificates that the host trusts, or nothing.
+    """
+
+    marker: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
 MAX_CHUNK = 512 << 10
 """Bytes of a file that travel at once, as the one buffer of a call or its reply."""
 MAX_ENTRIES = 256
@@ -178,7 +188,7 @@ class MoveFile(msgspec.Struct, tag="move_file", forbid_unknown_fields=True):
 
 
 FileCommand = ReadFile | WriteFile | ListFiles | MakeDirectory | MoveFile
-Command = Wake | SetClock | Interrupt | StartKernel | Stats | FileCommand
+Command = Wake | SetClock | Interrupt | StartKernel | Stats | OpenNetwork | FileCommand
 
 
 class Call(msgspec.Struct, forbid_unknown_fields=True):
