@@ -165,6 +165,12 @@ def test_neither_sees_what_is_the_others(
     assert notebooks[0].run("import os; print(os.environ['TOKEN'])") == f"{SECRET}\n"
     hers = vm_of(ann)
     assert hers["log_dir"]
+    # What is open is told to her, and of the variable the name
+    assert (hers["environment"], hers["network"]) == ("TOKEN", "none")
+    wide = ann.cli("ps", "--wide").stdout
+    assert "WORKSPACE" in wide
+    assert "TOKEN" in wide
+    assert SECRET not in wide + json.dumps(hers)
     # He sees that a slot is taken, and by whom, and nothing of the VM
     told = bob.json("ps", "--all")
     (stranger,) = [vm for vm in told["vms"] if not vm["id"]]

@@ -207,6 +207,7 @@ def test_every_field_comes_back_as_it_was_written(record: Registry) -> None:
         template="t", recipe="r", language="l", accelerator="tcg", memory=10, vcpus=64,
         tenant_id="x", task_id="y", kernel_id="z", connection_file="/c", notebook="a \n'\".ipynb",
         directory="/d", log_dir="/l", settings='{"memory": 3}', kept=True, exit_cause="done",
+            workspace="ro /n", network="open", environment="A", files="ask",
     )  # fmt: skip
     defaults = new_record(vm_id="vm-00000002")
     assert all(

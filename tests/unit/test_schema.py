@@ -89,6 +89,34 @@ def test_a_database_of_version_1_opens_in_the_newest(old: Path, settings: Settin
     assert aside(old) == []
 
 
+def test_a_database_of_version_2_gets_columns_for_what_is_open(
+    path: Path, settings: Settings
+) -> None:
+    path.parent.mkdir(mode=0o700)
+    with closing(sqlite3.connect(path)) as database:
+        for statement in (*STEPS[0], *STEPS[1], "PRAGMA user_version = 2"):
+            database.execute(statement)
+        database.execute(
+            "INSERT INTO vms (vm_id, owner, state, created) VALUES ('vm-0000000a', 0, 'stopped', 1)"
+        )
+        database.commit()
+    before = dump(path)
+    with Registry(settings) as record:
+        (status,) = record.list(ended=True)
+        assert (status.record.workspace, status.record.files) == ("", "")
+        record.update("vm-0000000a", workspace="ro /n", network="open", environment="A, B")
+        assert record.exactly("vm-0000000a").environment == "A, B"
+    assert dump(path.with_name(f"{path.name}.v2.bak")) == before
+    # A process of the version before goes on: it names the columns that it knows
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(
+            "INSERT INTO vms (vm_id, owner, state, created) VALUES ('vm-0000000b', 0, 'stopped', 2)"
+        )
+        database.commit()
+    with Registry(settings) as record:
+        assert record.exactly("vm-0000000b").network == ""
+
+
 def test_a_new_database_and_a_migrated_one_have_the_same_schema(
     old: Path, settings: Settings, tmp_path: Path
 ) -> None:

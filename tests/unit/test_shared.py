@@ -13,7 +13,9 @@ import pytest
 from vmkernel import shared
 from vmkernel.errors import ImageError, SettingsError, VmCapacityError
 from vmkernel.host.capacity import OF_A_USER, QueuePosition, Semaphore
+from vmkernel.host.openings import in_a_line, openings
 from vmkernel.host.sharing import differences
+from vmkernel.host.start import Label
 from vmkernel.image.store import FILES, FORMAT, Manifest, find_image, is_shared, list_images
 from vmkernel.settings import Settings, load_settings, load_settings_with_sources, locked_settings
 from vmkernel.vm.tsc import host_tsc_khz
@@ -298,3 +300,34 @@ def test_settings_without_a_store_look_nowhere_else(tmp_path: Path) -> None:
     assert shared.shared_images(settings) is None
     with pytest.raises(ImageError, match=r"no image 'x' in \S+/images\.$"):
         find_image("x", settings)
+
+
+# --- what is open, in words ---
+
+
+def test_what_is_open_is_told_by_name_and_never_by_value(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TOKEN", "hush")
+    settings = Settings(
+        workspace="rw", network="allow", network_allow=("a.org", "b.org:22"), env=("TOKEN", "GONE")
+    )
+    found = openings(settings, Label("kernel"))
+    assert found == {
+        "workspace": f"rw {tmp_path}",
+        "network": "allow a.org b.org:22",
+        "environment": "TOKEN, GONE (not set)",
+        "files": "ask",
+    }
+    assert in_a_line(found).endswith(", files: ask, variables: TOKEN, GONE (not set)")
+    # A program's VM has a workspace only where its directory is named
+    program = openings(settings, Label(vm_id="vm-00000001", env={"B": "hush", "A": ""}))
+    assert (program["workspace"], program["environment"]) == ("none", "A, B")
+    named = msgspec.structs.replace(settings, workspace_dir=Path("/data"))
+    assert openings(named, Label(vm_id="vm-00000001"))["workspace"] == "rw /data"
+
+
+def test_nothing_is_open_where_all_is_closed() -> None:
+    found = openings(Settings(workspace="none", files="off"), Label("kernel"))
+    assert in_a_line(found) == "workspace: none, network: none, files: off"

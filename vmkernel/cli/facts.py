@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from vmkernel.host.openings import NAMES
+
 if TYPE_CHECKING:
     from vmkernel.host.registry import Registry, VmStatus
     from vmkernel.settings import Settings
@@ -102,6 +104,7 @@ def _describe(status: VmStatus) -> dict[str, Any]:
         "ended": record.ended,
         "age": time.time() - record.created,
         "exit_cause": record.exit_cause,
+        **{name: getattr(record, name) for name in NAMES},
         "log_dir": record.log_dir,
     }
 
@@ -115,7 +118,7 @@ def _describe_stranger(pid: int, slot: int) -> dict[str, Any]:
     unknown = dict.fromkeys(
         "id name kernel_id notebook connection_file tenant_id task_id recipe language accelerator "
         "template exit_cause log_dir".split(), ""
-    )  # fmt: skip
+    ) | dict.fromkeys(NAMES, "")  # fmt: skip
     nothing = dict.fromkeys(["runner_pid", "vcpus", "memory_limit", "started", "ended"])
     return {
         **unknown,

@@ -13,8 +13,14 @@ import click
     is_flag=True,
     help="Also VMs that have ended and are still on record, with the cause.",
 )
+@click.option(
+    "-w",
+    "--wide",
+    is_flag=True,
+    help="Also what each VM sees and reaches of the world outside: workspace, network, variables.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable; sizes in bytes.")
-def ps(ended: bool, as_json: bool) -> None:
+def ps(ended: bool, wide: bool, as_json: bool) -> None:
     """List the VMs on this host: whose they are, their state, memory and age.
 
     FOR is the notebook, kernel or tags that the VM is for. PRIVATE is memory that only this VM
@@ -22,6 +28,7 @@ def ps(ended: bool, as_json: bool) -> None:
     """
     from vmkernel.cli import facts
     from vmkernel.cli.output import age, mebibytes, print_json, print_table
+    from vmkernel.host.openings import NAMES
     from vmkernel.host.registry import Registry
     from vmkernel.settings import load_settings
 
@@ -44,11 +51,14 @@ def ps(ended: bool, as_json: bool) -> None:
             mebibytes(vm["memory_private"]),
             mebibytes(vm["memory_shared"]),
             age(vm["age"]),
+            *([vm[name] or "-" for name in NAMES] if wide else []),
             *([vm["exit_cause"]] if ended else []),
         ]
         for vm in vms
     ]
     header = ["ID", "NAME", "OWNER", "FOR", "STATE", "PID", "RECIPE", "PRIVATE", "SHARED", "AGE"]
+    if wide:
+        header += [name.upper() for name in NAMES]
     if rows:
         print_table([*header, *(["CAUSE"] if ended else [])], rows, right="PID PRIVATE SHARED AGE")
     else:

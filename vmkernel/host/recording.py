@@ -25,6 +25,7 @@ PATIENCE = 1.0
 _TOLD_BY_ITS_PROCESS = (
     "state", "boot_id", "runner_pid", "runner_start", "qemu_pid", "qemu_start", "slot",
     "slot_lease", "template", "recipe", "accelerator", "memory", "vcpus", "log_dir",
+    "workspace", "network", "environment", "files",
 )  # fmt: skip
 """What of a row is the runner's to fill in; the rest is whoever put the VM on record."""
 

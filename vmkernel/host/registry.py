@@ -91,6 +91,12 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True):
     """It outlives its creator, and can be started again."""
     exit_cause: str = ""
     """How it ended, in one line for people."""
+    workspace: str = ""
+    """This and the next three are in words (`host.openings`); "": an older vmkernel's."""
+    network: str = ""
+    environment: str = ""
+    """Names of variables; a value is never on record."""
+    files: str = ""
 
     @property
     def runner(self) -> ProcessIdentity | None:

@@ -65,6 +65,12 @@ STEPS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE vms ADD COLUMN settings TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE vms ADD COLUMN kept INTEGER NOT NULL DEFAULT 0",
     ),
+    (
+        "ALTER TABLE vms ADD COLUMN workspace TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE vms ADD COLUMN network TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE vms ADD COLUMN environment TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE vms ADD COLUMN files TEXT NOT NULL DEFAULT ''",
+    ),
 )
 VERSION = len(STEPS)
 """Of the schema, as ``PRAGMA user_version`` of the file has it."""

@@ -27,6 +27,7 @@ from vmkernel.errors import (
 )
 from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
+from vmkernel.host.openings import openings
 from vmkernel.host.processes import identify, tag_of
 from vmkernel.host.recording import Recorder
 from vmkernel.host.shielded import to_its_end
@@ -276,6 +277,7 @@ class VmStart:
             "notebook": label.notebook,
             "task_id": label.task_id,
             "created": time.time(),  # the age that people ask for is the kernel's
+            **openings(self.settings, label),
         }
         if self.record is not None:
             self.record = msgspec.structs.replace(self.record, **told)
@@ -468,6 +470,7 @@ def _new_record(settings: Settings, label: Label) -> registry.VmRecord:
         memory=settings.memory,
         vcpus=settings.vcpus,
         log_dir=str(log_dir(settings, vm_id)),
+        **openings(settings, label),
     )
 
 

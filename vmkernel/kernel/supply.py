@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from vmkernel import trace
 from vmkernel.environment import in_words
 from vmkernel.errors import VmError, VmExpiredError, VmGuestError
+from vmkernel.host.openings import in_a_line, openings
 from vmkernel.host.start import Label, Started, VmStart, environment
 from vmkernel.vm.oddities import Oddities
 
@@ -238,7 +239,8 @@ class GuestSupply:
             accelerator = self._begun.spawned.machine.accelerator
         return (
             f"recipe: {self._settings.recipe}, memory: {self._settings.memory} MiB, "
-            f"accelerator: {accelerator or 'not known yet'}"
+            f"accelerator: {accelerator or 'not known yet'}, "
+            + in_a_line(openings(self._settings, self._label))
         )
 
     def describe(self) -> dict[str, str]:

@@ -1,0 +1,65 @@
+"""What a VM is let see or reach of the world outside, in words: for record, lists and banner.
+
+A VM that nothing was opened for shares nothing with its host.  Each opening that the settings make
+is shown wherever its VM is.  Values of environment variables never are.  Floor 4; lies on the start
+path of a clone.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from vmkernel.environment import in_words as variables_in_words
+
+if TYPE_CHECKING:
+    from vmkernel.host.start import Label
+    from vmkernel.settings import Settings
+
+NAMES = ("workspace", "network", "environment", "files")
+"""The openings, as the record's columns are called."""
+
+
+def openings(settings: Settings, label: Label) -> dict[str, str]:
+    """Each opening in a few words: "none" where it is closed."""
+    return {
+        "workspace": _workspace(settings, label),
+        "network": _network(settings),
+        "environment": _environment(settings, label) or "none",
+        # A program and `vmkernel cp` copy files by their own authority; `%vm` is a notebook's
+        "files": settings.files if label.kernel_id else "none",
+    }
+
+
+def in_a_line(found: dict[str, str]) -> str:
+    """The same in one line, as a kernel's banner has it."""
+    words = [f"{name}: {found[name]}" for name in NAMES if name != "environment"]
+    if found["environment"] != "none":
+        words.append(f"variables: {found['environment']}")
+    return ", ".join(words)
+
+
+def _workspace(settings: Settings, label: Label) -> str:
+    if settings.workspace == "none":
+        return "none"
+    directory = settings.workspace_dir
+    if directory is None:
+        if not label.kernel_id:
+            return "none"
+        try:
+            directory = os.getcwd()  # noqa: PTH109 - of the kernel's process: the notebook's
+        except OSError:
+            return "none"
+    return f"{settings.workspace} {directory}"
+
+
+def _network(settings: Settings) -> str:
+    if settings.network == "allow":
+        return " ".join(["allow", *settings.network_allow])
+    return settings.network
+
+
+def _environment(settings: Settings, label: Label) -> str:
+    if label.env is None:
+        return variables_in_words(settings.env, settings.env_file, os.environ)
+    return ", ".join(sorted(label.env))
