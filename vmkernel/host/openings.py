@@ -8,6 +8,7 @@ path of a clone.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmkernel.environment import in_words as variables_in_words
@@ -47,7 +48,7 @@ def _workspace(settings: Settings, label: Label) -> str:
         if not label.kernel_id:
             return "none"
         try:
-            directory = os.getcwd()  # noqa: PTH109 - of the kernel's process: the notebook's
+            directory = Path.cwd()  # of the kernel's process: the notebook's
         except OSError:
             return "none"
     return f"{settings.workspace} {directory}"
