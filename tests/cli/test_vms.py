@@ -94,7 +94,7 @@ def test_files_are_copied_both_ways(host: VmHost, bench: str, tmp_path: Path):
     assert host.cli("exec", bench, "-c", "open('d/f').read()").stdout == "'text'\n"
     done = host.cli("cp", "--json", "bench:d/f", str(tmp_path / "g"))
     assert json.loads(done.stdout) == {
-        "source": "bench:d/f", "target": str(tmp_path / "g"), "bytes": 4,
+        "source": "bench:d/f", "target": str(tmp_path / "g"), "bytes": 4, "files": 1, "resumed": 0,
     }  # fmt: skip
     assert (tmp_path / "g").read_text() == "text"
     assert host.cli("cp", "a", "b").returncode == 2

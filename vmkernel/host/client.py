@@ -26,7 +26,7 @@ from vmkernel.errors import (
     VmGuestError,
     VmStateError,
 )
-from vmkernel.host import wire
+from vmkernel.host import localsocket, wire
 from vmkernel.host.capacity import Slot
 from vmkernel.host.processes import ProcessIdentity, identify, is_alive
 from vmkernel.host.startlock import StartLock
@@ -235,8 +235,8 @@ class Connection:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         sock.setblocking(False)
         try:
-            with wire.short_path(directory) as path:
-                await _connect(sock, f"{path}/{wire.CONTROL_SOCKET}")
+            with localsocket.short_path(directory) as path:
+                await _connect(sock, f"{path}/{localsocket.CONTROL_SOCKET}")
             await loop.create_connection(lambda: connection._port, sock=sock)
         except BaseException:
             sock.close()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from vmkernel import trace
 from vmkernel.errors import VmError, VmExpiredError, VmGuestError, VmTimeoutError
-from vmkernel.host import wire
+from vmkernel.host import localsocket, wire
 from vmkernel.host.capacity import Slot
 from vmkernel.host.memory import MOST_IN_RUNNER, limit_memory
 from vmkernel.host.registry import vm_dir
@@ -79,8 +79,8 @@ def main(arguments: list[str]) -> NoReturn:
 
 def _watch_starter(starter: socket.socket) -> int:
     """A pidfd of the starter: its socket may live on in children that it forked."""
-    raw = starter.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, wire.CREDENTIALS.size)
-    pid = wire.CREDENTIALS.unpack(raw)[0]
+    raw = starter.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, localsocket.CREDENTIALS.size)
+    pid = localsocket.CREDENTIALS.unpack(raw)[0]
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
@@ -293,14 +293,10 @@ class Runner:
         from vmkernel.host.runner_client import RunnerClient
 
         ensure_private_dir(self._settings.runtime_dir)
-        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         loop = asyncio.get_running_loop()
-        with wire.short_path(self._directory) as path:
-            listener.bind(f"{path}/{wire.CONTROL_SOCKET}")
-            # Inside, as Python 3.13 looks at the path that the socket was bound to
+        with localsocket.bound_in(self._directory) as sock:
             await loop.create_unix_server(
-                lambda: RunnerClient(self).port, sock=listener, backlog=MOST_WAITING
+                lambda: RunnerClient(self).port, sock=sock, backlog=MOST_WAITING
             )
 
     async def _hang_up(self) -> None:

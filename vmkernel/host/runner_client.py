@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,7 +20,7 @@ from vmkernel.errors import (
     VmGuestError,
     VmTimeoutError,
 )
-from vmkernel.host import wire
+from vmkernel.host import localsocket, wire
 from vmkernel.protocol import frames, messages
 from vmkernel.vm.ports import Port
 
@@ -100,11 +98,7 @@ class RunnerClient:
 
     def _check_peer(self) -> None:
         """The directory lets nobody else in; this is the second lock.  Raises ProtocolError."""
-        sock = self.port.socket
-        raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, wire.CREDENTIALS.size)
-        _, uid, _ = wire.CREDENTIALS.unpack(raw)
-        if uid not in (0, os.geteuid()):
-            raise ProtocolError(f"user id {uid} has no business here")
+        localsocket.check_peer(self.port.socket)
         self._known = True
 
     async def _serve(self, number: int, call: wire.Call, buffers: list[memoryview]) -> None:

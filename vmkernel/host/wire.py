@@ -10,11 +10,6 @@ Where it stands: under ``host.runner`` and ``host.client``.
 
 from __future__ import annotations
 
-import os
-import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -24,10 +19,6 @@ from vmkernel.errors import VmError, VmGuestError
 from vmkernel.protocol import messages
 from vmkernel.protocol.messages import ShortStr
 
-CONTROL_SOCKET = "control.sock"
-"""Its name in the VM's directory."""
-CREDENTIALS = struct.Struct("3i")
-"""A peer's, as unix(7) has them in struct ucred: pid, uid, gid."""
 ABOUT_THE_VM = 0
 """The number of an event that answers no request."""
 
@@ -197,16 +188,6 @@ class RunEnd(msgspec.Struct, forbid_unknown_fields=True):
     exit_code: int
     duration: float
     error: tuple[str, str, list[str]] | None = None
-
-
-@contextmanager
-def short_path(directory: Path) -> Iterator[str]:
-    """A path of that directory that leaves room for a name: unix(7) allows a socket 107 bytes."""
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
 
 
 def encode(message: Request | FromRunner) -> bytes:

@@ -17,11 +17,13 @@ from vmkernel import trace
 from vmkernel.environment import in_words
 from vmkernel.errors import VmError, VmExpiredError, VmGuestError
 from vmkernel.host.openings import in_a_line, openings
+from vmkernel.host.registry import vm_dir
 from vmkernel.host.start import Label, Started, VmStart, environment
 from vmkernel.vm.oddities import Oddities
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from vmkernel.host.guest import Guest, KernelDeath
     from vmkernel.host.limits import TimeLimits
@@ -212,6 +214,18 @@ class GuestSupply:
             await asyncio.wait(self._closing)
 
     # --- facts ---
+
+    def directory(self) -> Path | None:
+        """Where a socket of this VM may lie: it goes with the VM.  None when there is none."""
+        if self._start is None or not self._start.vm_id:
+            return None
+        self._start.directory = vm_dir(self._settings, self._start.vm_id)
+        return self._start.directory
+
+    def touch(self) -> None:
+        """The VM was used by somebody: its idle time begins anew."""
+        if self._limits is not None:
+            self._limits.touch()
 
     @property
     def connection_file(self) -> str:

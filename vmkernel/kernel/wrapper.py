@@ -21,6 +21,7 @@ from vmkernel.errors import VmError, VmExpiredError, VmGuestError
 from vmkernel.host import contents
 from vmkernel.kernel import local
 from vmkernel.kernel.asking import Asking
+from vmkernel.kernel.door import Door
 from vmkernel.kernel.history import History
 from vmkernel.kernel.lane import EXECUTE, Exchange, Lane
 from vmkernel.kernel.policy import Outputs
@@ -97,6 +98,7 @@ class Wrapper:
         """Headers of comm messages sent beside a cell, of whose end nothing was said yet"""
         self._asking = Asking(sockets, lambda: any(e.asked for e in self._with_guest.values()))
         self._questions = Questions(self.supply, settings, sockets, self._asking)
+        self._door = Door(settings, self.supply)
         self._one_control = asyncio.Lock()
         self._interrupting: asyncio.Task[None] | None = None
         self._exit: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -134,6 +136,7 @@ class Wrapper:
         """Release everything; also of one that never ran."""
         for lane in (self._main, *self._subshells.values()):
             lane.close()
+        self._door.close()
         await asyncio.gather(self.supply.close(), self.history.close())
         self.supply.oddities.log_total()
 
@@ -207,6 +210,7 @@ class Wrapper:
 
     async def before_execution(self, guest: Guest, request: Request, visible: bool) -> None:
         """What must be over, or told, before a request goes to the guest."""
+        self._door.open_soon(guest)
         if self._interrupting is not None:
             # An interrupt meant for the cell before must not hit this one.
             await asyncio.wait([self._interrupting])
