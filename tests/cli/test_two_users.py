@@ -167,6 +167,7 @@ def test_neither_sees_what_is_the_others(
     assert hers["log_dir"]
     # What is open is told to her, and of the variable the name
     assert (hers["environment"], hers["network"]) == ("TOKEN", "none")
+    assert "env" in ann.cli("ps").stdout
     wide = ann.cli("ps", "--wide").stdout
     assert "WORKSPACE" in wide
     assert "TOKEN" in wide

@@ -13,7 +13,7 @@ import pytest
 from vmkernel import shared
 from vmkernel.errors import ImageError, SettingsError, VmCapacityError
 from vmkernel.host.capacity import OF_A_USER, QueuePosition, Semaphore
-from vmkernel.host.openings import in_a_line, openings
+from vmkernel.host.openings import in_a_line, in_short, openings
 from vmkernel.host.sharing import differences
 from vmkernel.host.start import Label
 from vmkernel.image.store import FILES, FORMAT, Manifest, find_image, is_shared, list_images
@@ -316,11 +316,12 @@ def test_what_is_open_is_told_by_name_and_never_by_value(
     found = openings(settings, Label("kernel"))
     assert found == {
         "workspace": f"rw {tmp_path}",
-        "network": "allow a.org b.org:22",
+        "network": "allow (packages, a.org, b.org:22)",
         "environment": "TOKEN, GONE (not set)",
         "files": "ask",
     }
     assert in_a_line(found).endswith(", files: ask, variables: TOKEN, GONE (not set)")
+    assert in_short(found) == "rw,allow,env"
     # A program's VM has a workspace only where its directory is named
     program = openings(settings, Label(vm_id="vm-00000001", env={"B": "hush", "A": ""}))
     assert (program["workspace"], program["environment"]) == ("none", "A, B")
@@ -330,4 +331,6 @@ def test_what_is_open_is_told_by_name_and_never_by_value(
 
 def test_nothing_is_open_where_all_is_closed() -> None:
     found = openings(Settings(workspace="none", files="off"), Label("kernel"))
+    assert in_short(found) == "-"
+    assert in_short(dict.fromkeys(found, "")) == "?", "another user's, or an older vmkernel's"
     assert in_a_line(found) == "workspace: none, network: none, files: off"

@@ -25,7 +25,7 @@ from vmkernel.cli.checks_host import (
     sandbox,
     start_tools,
 )
-from vmkernel.cli.checks_shared import semaphore_file, shared_store
+from vmkernel.cli.checks_shared import network, semaphore_file, shared_store, workspace
 from vmkernel.errors import SettingsError, VmError
 from vmkernel.settings import Settings, ensure_private_dir, load_settings_with_sources
 
@@ -57,6 +57,8 @@ def run_checks() -> list[Check]:
         ("shared store", shared_store),
         ("VM slots", _slots),
         ("semaphore file", semaphore_file),
+        ("workspace", workspace),
+        ("network", network),
         ("pool", _pool),
         ("record of VMs", _record),
         ("runtime dir", _runtime_dir),

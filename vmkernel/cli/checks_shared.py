@@ -1,10 +1,11 @@
-"""The part of `vmkernel doctor` about hosts that several users share (docs/shared-hosts.md).
+"""The part of `vmkernel doctor` about what is opened and shared: with other users, with the guest.
 
-Floor 5.
+docs/shared-hosts.md, docs/workspace.md, docs/network.md. Floor 5.
 """
 
 from __future__ import annotations
 
+import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -77,3 +78,45 @@ def semaphore_file(settings: Settings) -> Check:
         name, "warning" if state == "warning" else "ok", f"{path} may be locked by {whom}",
         f"sudo chmod 666 {path} lets all users start VMs",
     )  # fmt: skip
+
+
+def network(settings: Settings) -> Check:
+    """Whether what guests are to reach can be reached from here."""
+    from vmkernel.host.network import in_words, network_problem
+
+    name = "network"
+    if settings.network == "none":
+        return Check(name, "ok", "none: guests reach nothing")
+    problem, hint = network_problem(settings)
+    if problem:
+        return Check(name, "warning", f"{in_words(settings)}: {problem}", hint)
+    return Check(name, "ok", f"{in_words(settings)}, through a filter of this host's")
+
+
+def workspace(settings: Settings) -> Check:
+    """Whether guests can be shown a directory of this host's."""
+    import shutil
+    from pathlib import Path
+
+    from vmkernel.vm.sandbox import find_wall
+
+    name = "workspace"
+    if settings.workspace == "none":
+        return Check(name, "ok", "none: guests see no directory of this host's")
+    where = settings.workspace_dir or "the notebook's directory"
+    found = f"{settings.workspace}: {where}"
+    places = ("/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server",
+              "/usr/lib/ssh/sftp-server", "/usr/libexec/sftp-server")  # fmt: skip
+    if not any(Path(place).exists() for place in places) and not shutil.which("sftp-server"):
+        return Check(
+            name, "warning", f"{found}, but there is no sftp-server",
+            "sudo apt-get install openssh-sftp-server, or set VMKERNEL_WORKSPACE=none",
+        )  # fmt: skip
+    from vmkernel.vm.qemu import find_qemu
+
+    if not find_wall(settings, find_qemu(settings.qemu, os.environ.get("PATH", os.defpath))).bwrap:
+        return Check(
+            name, "warning", f"{found}, but bubblewrap does not work here",
+            "see the line `sandbox`, or set VMKERNEL_WORKSPACE=none",
+        )  # fmt: skip
+    return Check(name, "ok", found)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from vmkernel.host.openings import NAMES
+from vmkernel.host.openings import NAMES, in_short
 
 if TYPE_CHECKING:
     from vmkernel.host.registry import Registry, VmStatus
@@ -64,6 +64,11 @@ def purpose(vm: dict[str, Any]) -> str:
     """What the VM is for: its notebook, its kernel, or the tags that it was given."""
     tags = "/".join(tag for tag in (vm["tenant_id"], vm["task_id"]) if tag)
     return str(vm["notebook"] or vm["kernel_id"] or tags or "-")
+
+
+def open_to(vm: dict[str, Any]) -> str:
+    """What the VM is let see or reach, in short."""
+    return in_short(vm)
 
 
 def state_word(vm: dict[str, Any]) -> str:

@@ -83,7 +83,7 @@ def list_(as_json: bool) -> None:
     from vmkernel.cli.output import mebibytes, print_json, print_table
     from vmkernel.errors import VmError
     from vmkernel.image.recipe import load_recipe, recipe_names
-    from vmkernel.image.store import list_images
+    from vmkernel.image.store import is_shared, list_images
     from vmkernel.settings import load_settings
 
     settings = load_settings()
@@ -105,8 +105,9 @@ def list_(as_json: bool) -> None:
             rows.append((name, "damaged", "-", "-", "-", str(image_)))
         else:
             manifest = image_.manifest
+            state = "shared" if is_shared(image_, settings) else "built"
             rows.append(
-                (name, "built", mebibytes(image_.size), manifest.python_version,
+                (name, state, mebibytes(image_.size), manifest.python_version,
                  manifest.created[:16].replace("T", " "), manifest.recipe.description)
             )  # fmt: skip
     rows += [(recipe.name, "not built", "-", "-", "-", recipe.description) for recipe in not_built]

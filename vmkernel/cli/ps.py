@@ -24,7 +24,9 @@ def ps(ended: bool, wide: bool, as_json: bool) -> None:
     """List the VMs on this host: whose they are, their state, memory and age.
 
     FOR is the notebook, kernel or tags that the VM is for. PRIVATE is memory that only this VM
-    uses, SHARED what it has in common with others (the template's pages, the page cache).
+    uses, SHARED what it has in common with others (the template's pages, the page cache). OPEN is
+    what it sees or reaches of the world outside: its workspace (ro, rw), the network, variables
+    (env); `-` is nothing, `?` a VM of another user's. --wide tells which.
     """
     from vmkernel.cli import facts
     from vmkernel.cli.output import age, mebibytes, print_json, print_table
@@ -48,6 +50,7 @@ def ps(ended: bool, wide: bool, as_json: bool) -> None:
             facts.state_word(vm),
             str(vm["pid"] or "-"),
             vm["recipe"] or "-",
+            facts.open_to(vm),
             mebibytes(vm["memory_private"]),
             mebibytes(vm["memory_shared"]),
             age(vm["age"]),
@@ -56,7 +59,8 @@ def ps(ended: bool, wide: bool, as_json: bool) -> None:
         ]
         for vm in vms
     ]
-    header = ["ID", "NAME", "OWNER", "FOR", "STATE", "PID", "RECIPE", "PRIVATE", "SHARED", "AGE"]
+    header = ["ID", "NAME", "OWNER", "FOR", "STATE", "PID", "RECIPE", "OPEN"]
+    header += ["PRIVATE", "SHARED", "AGE"]
     if wide:
         header += [name.upper() for name in NAMES]
     if rows:

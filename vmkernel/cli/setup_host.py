@@ -155,11 +155,13 @@ def _write_config(
     names = dict.fromkeys([*(name for name in _ALWAYS_LOCKED if name in values), *locked])
     lines.append(f"locked = {json.dumps(list(names))}")
     if path.exists():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        missing = [line for line in lines if line.partition(" =")[0] not in text]
+        import tomllib
+
+        there = tomllib.loads(path.read_text(encoding="utf-8"))  # it was read before: it is whole
         _tell("is there", f"{path}, left as it is")
-        for line in missing:
-            click.echo(f"  it lacks: {line}")
+        for line, name in zip(lines, [*values, "locked"], strict=True):
+            if name not in there or (name == "locked" and not set(names) <= set(there["locked"])):
+                click.echo(f"  it lacks: {line}")
         return
     if not dry_run:
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)

@@ -24,7 +24,8 @@ from vmkernel.cli.options import seconds
 if TYPE_CHECKING:
     from vmkernel.settings import Settings
 
-_HEADER = ["ID", "NAME", "OWNER", "FOR", "STATE", "CPU %", "PRIVATE", "SHARED", "LIMIT", "AGE"]
+_HEADER = ["ID", "NAME", "OWNER", "FOR", "STATE", "OPEN"]
+_NUMBERS = ["CPU %", "PRIVATE", "SHARED", "LIMIT", "AGE"]
 _JSON_INTERVAL = 0.5
 
 
@@ -157,6 +158,7 @@ def _lines(sample: dict[str, Any]) -> list[str]:
             vm["owner"],
             facts.purpose(vm),
             facts.state_word(vm),
+            facts.open_to(vm),
             "-" if vm["cpu_percent"] is None else f"{vm['cpu_percent']:.1f}",
             mebibytes(vm["memory_private"]),
             mebibytes(vm["memory_shared"]),
@@ -167,7 +169,7 @@ def _lines(sample: dict[str, Any]) -> list[str]:
     ]
     if not rows:
         return [*lines, "no VM is there"]
-    return lines + table_lines(_HEADER, rows, right={"CPU %", "PRIVATE", "SHARED", "LIMIT", "AGE"})
+    return lines + table_lines([*_HEADER, *_NUMBERS], rows, right=_NUMBERS)
 
 
 def _print(lines: list[str]) -> None:

@@ -25,11 +25,12 @@ from vmkernel.host import names, runner_start
 from vmkernel.host.client import Connection
 from vmkernel.host.ending import end_vm
 from vmkernel.host.handle import VmHandle
+from vmkernel.host.openings import openings
 from vmkernel.host.processes import identify_self
 from vmkernel.host.registry import Registry, VmRecord, VmStatus, vm_dir, where_it_lives
 from vmkernel.host.runner_start import STOP_SECONDS, OnProgress, TakeSlot, as_runner
 from vmkernel.host.shielded import to_its_end
-from vmkernel.host.start import log_dir, remove_logs, settings_for_recipe, shared_slots
+from vmkernel.host.start import Label, log_dir, remove_logs, settings_for_recipe, shared_slots
 from vmkernel.models import ENDED, Language, VmState
 from vmkernel.settings import (
     LoadedSettings,
@@ -406,6 +407,7 @@ class VmManager:
             "memory": settings.memory,
             "vcpus": settings.vcpus,
             "settings": _encode(settings),
+            **openings(settings, Label(env={})),  # until its runner tells
             **as_runner(identify_self()),
         }
 

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from vmkernel.environment import in_words as variables_in_words
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from vmkernel.host.start import Label
     from vmkernel.settings import Settings
 
@@ -32,12 +34,24 @@ def openings(settings: Settings, label: Label) -> dict[str, str]:
     }
 
 
-def in_a_line(found: dict[str, str]) -> str:
+def in_a_line(found: Mapping[str, str]) -> str:
     """The same in one line, as a kernel's banner has it."""
     words = [f"{name}: {found[name]}" for name in NAMES if name != "environment"]
     if found["environment"] != "none":
         words.append(f"variables: {found['environment']}")
     return ", ".join(words)
+
+
+def in_short(found: Mapping[str, str]) -> str:
+    """The same as one word for a narrow table: ``ro,packages,env``; "-" where all is closed.
+
+    "?": nobody knows.  What a person must agree to each time (``files``) is left out.
+    """
+    if not any(found[name] for name in NAMES):
+        return "?"
+    words = [found[name].partition(" ")[0] for name in ("workspace", "network")]
+    words.append("none" if found["environment"] in ("", "none") else "env")
+    return ",".join(word for word in words if word not in ("", "none")) or "-"
 
 
 def _workspace(settings: Settings, label: Label) -> str:
@@ -55,9 +69,11 @@ def _workspace(settings: Settings, label: Label) -> str:
 
 
 def _network(settings: Settings) -> str:
-    if settings.network == "allow":
-        return " ".join(["allow", *settings.network_allow])
-    return settings.network
+    if settings.network == "none":
+        return "none"
+    from vmkernel.host.network import in_words
+
+    return in_words(settings)
 
 
 def _environment(settings: Settings, label: Label) -> str:
