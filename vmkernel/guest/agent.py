@@ -355,8 +355,11 @@ def become_user() -> None:
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)
     os.environ.update(USER=USER, LOGNAME=USER, SHELL="/bin/bash", HOME=user.pw_dir)
     if os.listdir("/sys/class/net") == ["lo"]:
-        # Without a network pip is to say so at once: one retry, which names the cause
-        os.environ.update(PIP_RETRIES="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
+        # Without a network pip is to say so at once: one retry, which names the cause.  A VM that
+        # has one is told another index as it wakes
+        os.environ.update(
+            PIP_RETRIES="1", PIP_DISABLE_PIP_VERSION_CHECK="1", PIP_INDEX_URL=network.NO_INDEX
+        )
     os.umask(0o022)
     os.chdir(user.pw_dir)
 

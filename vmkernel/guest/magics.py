@@ -6,12 +6,17 @@ the line to the host, which knows the VM, and prints what comes back.
 
 from __future__ import annotations
 
+import importlib
+import os
 import shlex
+import sys
 from collections.abc import Callable
 from typing import Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_magic, magics_class
+
+from vmkernel.guest.network import NO_INDEX, NO_NETWORK
 
 NO_CONNECTION_FILE = """\
 The connection file, with the key that lets a front end in, is on the host and kept from the code
@@ -30,6 +35,7 @@ class VmMagics(Magics):
     def __init__(self, shell: Any, call_host: CallHost) -> None:
         super().__init__(shell)
         self._call_host = call_host
+        self._pip = shell.find_line_magic("pip")
 
     @line_magic  # type: ignore[untyped-decorator]
     def vm(self, line: str) -> None:
@@ -47,6 +53,18 @@ class VmMagics(Magics):
         if reply.get("status") != "ok":
             raise UsageError(str(reply.get("evalue", "the host gave no reason")))
         print(reply.get("text", ""))
+
+    @line_magic  # type: ignore[untyped-decorator]
+    def pip(self, line: str) -> None:
+        """Run pip in this VM: ``%pip install NAME``.
+
+        What it installs lies on the VM's disk, and goes with it.  It needs ``network = packages``.
+        """
+        self._pip(line)
+        importlib.invalidate_caches()
+        failed = self.shell.user_ns.get("_exit_code", 0) != 0
+        if failed and os.environ.get("PIP_INDEX_URL") == NO_INDEX:
+            print(NO_NETWORK, file=sys.stderr)
 
     @line_magic  # type: ignore[untyped-decorator]
     def connect_info(self, line: str) -> None:

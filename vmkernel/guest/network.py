@@ -27,6 +27,12 @@ ADDRESS = ("127.0.0.1", 3128)
 USER = "nobody"
 AUTHORITIES = "/run/vmkernel/authorities.pem"
 """Where the certificates lie that the host trusts."""
+NO_INDEX = "https://the-setting-network-is-none.vmkernel/simple/"
+"""What pip cannot find, and names, where there is no network: no such name exists anywhere."""
+NO_NETWORK = """\
+vmkernel: this kernel has no network (setting network: none), so nothing can be installed from a
+package index. Whoever runs the host may open the index to it and to nothing else:
+VMKERNEL_NETWORK=packages, or --network=packages in the kernelspec (docs/network.md)."""
 BACKLOG = 256
 IDLE = 24 * 3600.0
 """Seconds after which a connection on which nothing moves is forgotten; the host's are shorter."""
