@@ -304,8 +304,8 @@ class Network:
         if news.kind == "broken":
             self._broken = True
             text = f"the guest's side broke the rules ({why}); restart the kernel to have it again"
-        elif news.kind == "refused":
-            text += self._advice(where)
+        elif news.kind == "closed":
+            text = f"{where} refused: {why}{self._advice(where)}"
         if news.left_out:
             text += f" ({news.left_out} more before this)"
         self._say(text)
@@ -314,8 +314,6 @@ class Network:
         host, _, port = where.rpartition(":")
         entry = where if port not in ("80", "443") else host
         known = ",".join((*self._settings.network_allow, entry))
-        if self._settings.network == "open":
-            return ""
         to_set = f"VMKERNEL_NETWORK=allow VMKERNEL_NETWORK_ALLOW={known}"
         return f"; to open it, on the host: {to_set}"
 

@@ -30,7 +30,9 @@ class TlsCheck:
         try:
             hello = _first_message(self._data)
             if hello is None:
-                return len(self._data) < _MOST
+                if len(self._data) > _MOST:
+                    raise ValueError("a greeting without an end")
+                return True
             name = _server_name(hello)
         except (IndexError, ValueError):
             self.problem = "a TLS greeting that cannot be understood"

@@ -43,6 +43,10 @@ class RefusedError(Exception):
     """The guest may not reach that; the text says why."""
 
 
+class ClosedError(RefusedError):
+    """And the settings could open it."""
+
+
 class Rule(msgspec.Struct, frozen=True):
     """One entry of `network_allow`."""
 
@@ -219,7 +223,7 @@ class Policy:
             if port in CLOSED_PORTS:
                 raise RefusedError(f"port {port} is closed to all VMs")
         elif not known:
-            raise RefusedError(
+            raise ClosedError(
                 "it is not in network_allow"
                 if self.mode == "allow"
                 else f"the setting network is {self.mode!r}"

@@ -19,13 +19,14 @@ import h11
 
 from vmkernel.network.clienthello import TlsCheck
 from vmkernel.network.dial import Connection, Dialer, UnreachableError
-from vmkernel.network.http import BrokenError, Link, end_to_end, header
-from vmkernel.network.policy import GATEWAY, Host, Policy, RefusedError, parse_target
+from vmkernel.network.http import MOST_HEADER, BrokenError, Link, end_to_end, header
+from vmkernel.network.policy import GATEWAY, ClosedError, Host, Policy, RefusedError, parse_target
 from vmkernel.protocol import mux
 
 if TYPE_CHECKING:
     from vmkernel.network.packages import Gateway
 
+MOST_HEADERS = 256
 REQUEST_SECONDS = 60.0
 """Within which a request's head has to be there."""
 IDLE_SECONDS = 900.0
@@ -36,7 +37,7 @@ _URL = re.compile(rb"(?i)http://([^/?#]*)(/[^#]*|\?[^#]*)?(?:#.*)?\Z")
 _VISIBLE = re.compile(rb"[\x21-\x7e]+\Z")
 
 Tell = Callable[[str, str, str], None]
-"""tell(kind, where, why): the owner is to know of it; kind is "refused" or "failed"."""
+"""tell(kind, where, why): the owner is to know of it; kind: see `wire.News`."""
 
 
 class Answer(Exception):  # noqa: N818 - an answer that comes early, no error of ours
@@ -117,6 +118,11 @@ class Proxy:
             path = b"/" + path
         headers = [(name, value) for name, value in request.headers.raw_items()]
         names = [name.lower() for name, _ in headers]
+        if (
+            len(headers) > MOST_HEADERS
+            or sum(len(name) + len(value) for name, value in headers) > MOST_HEADER
+        ):
+            raise Answer(431, "too many headers")
         if b"transfer-encoding" in names and b"content-length" in names:
             raise Answer(400, "a body of two lengths (Content-Length and Transfer-Encoding)")
         try:
@@ -174,7 +180,7 @@ class Proxy:
             raise Answer(502, f"{where} cannot be reached: {error}") from None
 
     def _refuse(self, where: str, why: object) -> Answer:
-        self._tell("refused", where, str(why))
+        self._tell("closed" if isinstance(why, ClosedError) else "refused", where, str(why))
         return Answer(403, f"{where} refused: {why}")
 
 

@@ -31,11 +31,12 @@ class Orders(msgspec.Struct):
 class News(msgspec.Struct, forbid_unknown_fields=True):
     """Something that its owner is to know.
 
-    ``refused``: the guest may not; ``failed``: it may, and it did not work; ``broken``: the guest
-    broke the multiplexer's rules, and has no network any more.
+    ``closed``: the guest may not, by the settings; ``refused``: nor by any others; ``failed``: it
+    may, and it did not work; ``broken``: the guest broke the multiplexer's rules, and has no
+    network any more.
     """
 
-    kind: Literal["refused", "failed", "broken"]
+    kind: Literal["closed", "refused", "failed", "broken"]
     where: ShortStr
     why: ShortStr
     left_out: Annotated[int, msgspec.Meta(ge=0, le=1 << 40)] = 0
