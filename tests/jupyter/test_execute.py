@@ -321,6 +321,9 @@ def test_pip_without_a_network_says_so(kernel: Kernel) -> None:
     text = (cell.stdout + cell.stderr).lower()
     assert "no matching distribution" in text
     assert "name resolution" in text
+    assert "the-setting-network-is-none" in text  # `!pip` has no more than that
+    assert "(setting network: none)" in cell.stderr
+    assert "VMKERNEL_NETWORK=packages" in cell.stderr
     assert cell.times[-1] < 100
 
 
