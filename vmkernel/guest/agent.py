@@ -31,7 +31,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-from vmkernel.guest import guard, network, usage, wake
+from vmkernel.guest import guard, network, usage, wake, workspace
 from vmkernel.guest.files import Files
 from vmkernel.guest.port import Port, open_port
 from vmkernel.protocol import frames, messages
@@ -77,6 +77,7 @@ class Agent:
         self._network = network.Network()
         self._config: dict[str, Any] = {}
         self._machine: wake.Machine
+        self._workspace = workspace.current = workspace.Workspace()
         self._template = True  # in the making, until somebody wakes it
         self._signal_read, self._signal_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -95,6 +96,7 @@ class Agent:
         calm_machine()
         guard.close_doors()
         self._machine = wake.Machine()
+        self._workspace.prepare(open_port("workspace"))
         try:
             self._config = json.loads(CONFIG.read_text())
             import_engine(self._config)
@@ -151,6 +153,7 @@ class Agent:
                 self._files.disown()
                 self._network.disown()
                 self._machine.disown()
+                self._workspace.disown()
                 if marker is not None:  # what a dead kernel left would hold memory and processor
                     guard.end_the_others()
                 run = run_relay if self._config["engine"] == "relay" else run_engine
@@ -253,6 +256,8 @@ class Agent:
             case messages.Wake():
                 self._template = False
                 self._machine.wake(command.time_ns, command.entropy, command.hostname)
+            case messages.ShowWorkspace():
+                self._workspace.show(command.path, command.writable)
             case messages.SetClock():
                 wake.set_clock(command.time_ns)
             case messages.Interrupt():

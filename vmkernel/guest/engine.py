@@ -38,7 +38,10 @@ import msgspec
 from ipykernel.kernelapp import IPKernelApp
 from traitlets.config import Config
 
-from vmkernel.guest import script  # noqa: F401 - for whoever sends one: a template has it loaded
+from vmkernel.guest import (
+    script,  # noqa: F401 - for whoever sends one: a template has it loaded
+    workspace,
+)
 from vmkernel.guest.control import ControlLane, Subshell
 from vmkernel.guest.debug import ShellCaller, connect_debugger
 from vmkernel.guest.express import find_express
@@ -492,6 +495,7 @@ class Engine:
         if content.env.get("TZ", "") not in UTC or time.tzname != UTC_NAMES:
             time.tzset()
         if content.cwd:
+            workspace.wait()
             with suppress(OSError):  # not in the guest: cells start in the user's home
                 os.chdir(content.cwd)
         name = os.environ.get("JPY_SESSION_NAME")

@@ -90,7 +90,7 @@ def close_doors() -> None:
 
 def mount(target: str, flags: int, options: str = "", source: str = "none") -> None:
     """mount(2).  Raises OSError."""
-    arguments = (source.encode(), target.encode(), None, flags, options.encode())
+    arguments = (os.fsencode(source), os.fsencode(target), None, flags, options.encode())
     if _libc.mount(*arguments[:3], ctypes.c_ulong(flags), arguments[4]):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), target)

@@ -29,6 +29,7 @@ from typing import Any, Literal, NoReturn
 import msgspec
 import zmq
 
+from vmkernel.guest import workspace
 from vmkernel.guest.foreign import Channel, ForeignKernel, Message, as_object
 from vmkernel.guest.port import Port
 from vmkernel.protocol import frames, messages
@@ -256,6 +257,8 @@ class Relay:
             reply = messages.encode_json({"status": "error", "evalue": why})
             self._say("control", "wake_reply", request.msg_id, reply)
             return
+        if content.cwd:
+            workspace.wait()
         cwd = content.cwd if os.path.isdir(content.cwd) else os.getcwd()
         if self._kernel is not None:
             self._run_wake_code(content.entropy, content.env, cwd)

@@ -70,7 +70,7 @@ class WakeKernel(msgspec.Struct, forbid_unknown_fields=True):
     """Content of the first request to a guest kernel, ``wake_request`` on control.
 
     ``entropy`` reseeds the process's own generators; ``env`` is added to its environment;
-    ``cwd`` is entered when it exists.  No other request is served before it.
+    ``cwd`` is the workspace, entered when the agent has it there ("": none).  No other request is served before it.
     """
 
     entropy: bytes
@@ -90,6 +90,13 @@ class Wake(msgspec.Struct, tag="wake", forbid_unknown_fields=True):
     time_ns: int
     entropy: bytes
     hostname: str
+
+
+class ShowWorkspace(msgspec.Struct, tag="show_workspace", forbid_unknown_fields=True):
+    """Have the workspace appear at a path: that of the host's directory."""
+
+    path: Annotated[bytes, msgspec.Meta(min_length=1, max_length=4096)]
+    writable: bool
 
 
 class SetClock(msgspec.Struct, tag="set_clock", forbid_unknown_fields=True):
@@ -188,7 +195,16 @@ class MoveFile(msgspec.Struct, tag="move_file", forbid_unknown_fields=True):
 
 
 FileCommand = ReadFile | WriteFile | ListFiles | MakeDirectory | MoveFile
-Command = Wake | SetClock | Interrupt | StartKernel | Stats | OpenNetwork | FileCommand
+Command = (
+    Wake
+    | ShowWorkspace
+    | SetClock
+    | Interrupt
+    | StartKernel
+    | Stats
+    | OpenNetwork
+    | FileCommand
+)
 
 
 class Call(msgspec.Struct, forbid_unknown_fields=True):

@@ -24,6 +24,7 @@ from vmkernel.environment import plain
 from vmkernel.errors import TemplateError, VmBootError, VmError
 from vmkernel.protocol import messages
 from vmkernel.vm.machine import Vm, spawn
+from vmkernel.vm.mounting import answer_mount
 from vmkernel.vm.sandbox import find_wall
 from vmkernel.vm.template import (
     FORMAT,
@@ -170,6 +171,7 @@ class _Boot:
                 spawned = spawn(machine, logs, wall=find_wall(settings, spec.qemu))
         finally:
             os.close(scratch_fd)
+        self._workspace = spawned.workspace
         self.vm = Vm(
             spawned,
             on_event=self._on_event,
@@ -180,6 +182,7 @@ class _Boot:
     async def __aenter__(self) -> _Boot:
         try:
             await self.vm.attach(self._console, self._settings.console_log_size << 20)
+            await answer_mount(self._workspace)
         except BaseException:
             await self.vm.close()  # __aexit__ is not called
             raise
