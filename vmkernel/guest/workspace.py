@@ -17,7 +17,6 @@ import pwd
 import select
 import time
 from contextlib import suppress
-from pathlib import Path
 
 from vmkernel.guest.guard import MS_BIND, MS_NODEV, MS_NOSUID, MS_REMOUNT, mount
 from vmkernel.protocol.sftp import ROOT

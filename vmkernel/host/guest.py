@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -73,6 +73,7 @@ class Guest:
         on_kernel_death: Callable[[KernelDeath], None],
         on_end: Callable[[VmError], None],
         oddities: Oddities | None = None,
+        cwd: str = "",
     ) -> None:
         self.oddities = oddities if oddities is not None else Oddities()
         self._account = pace.Account(0.0)
@@ -80,6 +81,8 @@ class Guest:
             spawned, on_event=self._on_event, on_message=self._on_message, on_end=self._on_vm_end
         )
         self._env = dict(env)
+        self.cwd = cwd
+        """The workspace, in which guest kernels work; "" for none"""
         self._on_output = on_output
         self._on_kernel_death = on_kernel_death
         self._on_end = on_end
@@ -103,13 +106,22 @@ class Guest:
         if pause:
             self.vm.kernel.pause_for(pause)
 
-    async def wake(self, timeout: float, network: Network | None = None) -> None:
+    async def wake(
+        self,
+        timeout: float,
+        network: Network | None = None,
+        show_workspace: Callable[[Guest], Awaitable[None]] | None = None,
+    ) -> None:
         """Make a fresh clone different from its twins, machine and guest kernel at once.
 
         And give it its network.  Nothing else may be sent before this returned.  Raises
         VmGuestError.
         """
-        await self.vm.wake(self.vm.machine.vm_id, timeout)
+        waking = self.vm.wake(self.vm.machine.vm_id, timeout)
+        if self.cwd and show_workspace is not None:
+            await asyncio.gather(waking, show_workspace(self))  # sent one after the other
+        else:
+            await waking
         if network is not None:
             await network.open(self.vm.agent)
         await self._kernel_woken(timeout)
@@ -172,7 +184,7 @@ class Guest:
                 f"a new guest kernel was not ready within {timeout:g} s",
                 hint="restart the kernel",
             ) from error
-        self.send(wake_request(self._env))
+        self.send(wake_request(self._env, self.cwd))
         await self._kernel_woken(timeout)
 
     async def set_environment(self, env: Mapping[str, str], timeout: float) -> None:
@@ -182,7 +194,7 @@ class Guest:
         """
         self._env.update(env)
         self._woken = asyncio.get_running_loop().create_future()
-        self.send(wake_request(self._env))
+        self.send(wake_request(self._env, self.cwd))
         await self._kernel_woken(timeout)
 
     async def close(self) -> None:

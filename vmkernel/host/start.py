@@ -24,6 +24,7 @@ from vmkernel.errors import (
     ImageError,
     VmBootError,
     VmError,
+    VmGuestError,
 )
 from vmkernel.host import registry
 from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
@@ -32,6 +33,7 @@ from vmkernel.host.processes import identify, tag_of
 from vmkernel.host.recording import Recorder
 from vmkernel.host.shielded import to_its_end
 from vmkernel.host.trees import remove_tree
+from vmkernel.host.workspace import Choice, choose
 from vmkernel.models import ENDED, VmState
 from vmkernel.vm import accel
 from vmkernel.vm.machine import Spawned, spawn
@@ -42,6 +44,7 @@ from vmkernel.vm.template import Spec, Template, ensure_template, find_template
 if TYPE_CHECKING:
     from vmkernel.host.guest import Guest, KernelDeath, OnOutput
     from vmkernel.host.network import Network
+    from vmkernel.host.workspace_gate import Gate
     from vmkernel.settings import LoadedSettings, Settings
     from vmkernel.vm.command import Accelerator
     from vmkernel.vm.oddities import Oddities
@@ -67,6 +70,8 @@ class Label(msgspec.Struct, frozen=True):
     notebook: str = ""
     """Where its process does not tell: that of a pool has the environment of its server."""
     task_id: str = ""
+    directory: str = ""
+    """Where its owner works: the workspace, unless a setting names another."""
 
 
 class Started(msgspec.Struct):
@@ -77,6 +82,7 @@ class Started(msgspec.Struct):
     spawned: Spawned
     env: dict[str, str]
     """What its guest kernel gets; read once, since a file of variables may change."""
+    workspace: Choice
 
 
 def settings_for_recipe(loaded: LoadedSettings) -> Settings:
@@ -136,14 +142,14 @@ def begin(settings: Settings, label: Label, slot: Slot | None = None) -> Started
     template = find_template(spec, settings)
     if template is None:
         return None
-    env = environment(label, settings)
+    env, workspace = environment(label, settings), workspace_of(label, settings)
     slot = slot or shared_slots(settings).acquire_nowait(label=label.kernel_id)
     if slot is None:
         return None
     with slot:
         record = _new_record(settings, label)  # written down by VmStart, while QEMU loads
         try:
-            return _spawn_clone(settings, spec, template, record, slot, env)
+            return _spawn_clone(settings, spec, template, record, slot, env, workspace)
         except BaseException:
             remove_tree(log_dir(settings, record.vm_id))  # the next attempt has its own
             raise
@@ -186,7 +192,12 @@ class VmStart:
         self.directory: Path | None = None
         """Removed at the VM's end: a runner's."""
         self._guest: Guest | None = None
+        self._spawned: Spawned | None = None
         self._network: Network | None = None
+        self.workspace = Choice()
+        """What of the host's files the guest sees, or why none"""
+        self.gate: Gate | None = None
+        """The way to them"""
         self._recorder = Recorder(settings, label.vm_id)
 
     async def guest(
@@ -215,6 +226,8 @@ class VmStart:
             self.record = started.record
             self.vm_id = started.record.vm_id
             self.accelerator = started.spawned.machine.accelerator
+            self._spawned = started.spawned
+            self.workspace = started.workspace
             guest = self._guest = Guest(
                 started.spawned,
                 started.env,
@@ -222,6 +235,7 @@ class VmStart:
                 on_kernel_death=on_kernel_death,
                 on_end=end,
                 oddities=self.oddities,
+                cwd=started.workspace.path,
             )
             console = log_dir(self.settings, self.vm_id) / "console.log"
             await guest.vm.attach(console, self.settings.console_log_size << 20)
@@ -237,7 +251,7 @@ class VmStart:
 
                 log_path = log_dir(self.settings, self.vm_id) / "network.log"
                 self._network = Network(self.settings, started.spawned, log_path, guest.tell)
-            await guest.wake(self.settings.start_timeout, self._network)
+            await guest.wake(self.settings.start_timeout, self._network, self.show_workspace)
             await self._recorder.written()
             awake = True
             trace.mark("guest awake")
@@ -301,6 +315,9 @@ class VmStart:
         try:
             if self.label.vm_id and self._recorder.begun:  # others may want to start it again
                 self._recorder.stopping()
+            gate, self.gate = self.gate, None
+            if gate is not None:
+                gate.close()
             network, self._network = self._network, None
             if network is not None:
                 await network.close()
@@ -320,9 +337,37 @@ class VmStart:
                 with suppress(VmError):  # told already, or of no interest now
                     await recorder.written()
 
+    def choose_workspace(self) -> None:
+        """Of a VM that waited: the workspace of the kernel that it was assigned to.
+
+        Raises SettingsError.  :meth:`show_workspace` comes next.
+        """
+        self.workspace = workspace_of(self.label, self.settings)
+
+    async def show_workspace(self, guest: Guest) -> None:
+        """Have the guest see the workspace; without one that works it goes on without."""
+        share = self.workspace.share
+        if share is None or self._spawned is None or self.gate is not None:
+            return
+        from vmkernel.host.workspace_gate import Gate
+        from vmkernel.protocol.messages import ShowWorkspace
+
+        try:
+            self.gate = Gate(share, guest.tell)
+            await self.gate.attach(self._spawned.workspace)
+            await guest.vm.agent.call(
+                ShowWorkspace(path=share.path.encode(), writable=share.writable)
+            )
+        except (OSError, VmGuestError) as error:
+            self.workspace = Choice(None, str(error))
+            gate, self.gate = self.gate, None
+            if gate is not None:
+                gate.close()
+
     async def _start(self, progress: Progress) -> Started:
         settings = self.settings
         env = environment(self.label, settings)  # first: its mistakes need no slot to be told
+        workspace = workspace_of(self.label, settings)
         record = _new_record(settings, self.label)
         self.vm_id = record.vm_id
         self._recorder.write(lambda: _tidy(settings))
@@ -353,7 +398,7 @@ class VmStart:
                     boot_slot(settings, progress),
                 )
             progress("starting the VM")
-            started = _spawn_clone(settings, spec, template, record, slot, env)
+            started = _spawn_clone(settings, spec, template, record, slot, env, workspace)
         self._recorder.starting(started.record)
         return started
 
@@ -413,6 +458,15 @@ def environment(label: Label, settings: Settings) -> dict[str, str]:
         check(settings)
         env = env | guest_variables(settings)
     return env
+
+
+def workspace_of(label: Label, settings: Settings) -> Choice:
+    """What of the host's files this VM's guest sees.
+
+    Raises:
+        SettingsError: `workspace_dir` cannot be shared.
+    """
+    return choose(settings, label.directory, label.connection_file)
 
 
 def log_dir(settings: Settings, vm_id: str) -> Path:
@@ -481,6 +535,7 @@ def _spawn_clone(
     record: registry.VmRecord,
     slot: Slot,
     env: dict[str, str],
+    workspace: Choice,
 ) -> Started:
     """Start QEMU; it takes the slot over.  Raises VmOverlayError, VmBootError, TemplateError."""
     directory = log_dir(settings, record.vm_id)
@@ -521,7 +576,7 @@ def _spawn_clone(
         request_load(spawned.monitor, state)
         from vmkernel.host.waking import write_ahead
 
-        write_ahead(spawned.kernel, env)
+        write_ahead(spawned.kernel, env, workspace.path)
         qemu = identify(spawned.process.pid)
         record = msgspec.structs.replace(
             record,
@@ -537,4 +592,4 @@ def _spawn_clone(
         spawned.abandon()  # it holds the slot, and nobody would ever end it
         raise
     slot.handed_over()
-    return Started(record, template, spawned, env)
+    return Started(record, template, spawned, env, workspace)

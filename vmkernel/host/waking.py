@@ -27,15 +27,18 @@ if TYPE_CHECKING:
 _PASSED = ("JPY_SESSION_NAME", "IPYKERNEL_CELL_NAME", "COLUMNS", "LINES", "MPLBACKEND", "TZ")
 
 
-def write_ahead(sock: socket.socket, env: Mapping[str, str]) -> None:
+def write_ahead(sock: socket.socket, env: Mapping[str, str], cwd: str = "") -> None:
     """Put a wake-up into the port of a clone that is not there yet."""
     with suppress(OSError):  # QEMU ended at once: whoever waits for the clone finds that out
-        sock.sendall(b"".join(frames.encode(messages.encode_json(wake_request(env)))))
+        sock.sendall(b"".join(frames.encode(messages.encode_json(wake_request(env, cwd)))))
 
 
-def wake_request(env: Mapping[str, str]) -> messages.ToGuest:
-    """A wake-up with fresh entropy; ``env`` is added to the guest kernel's environment."""
-    content = messages.WakeKernel(entropy=os.urandom(64), env=dict(env), cwd="")
+def wake_request(env: Mapping[str, str], cwd: str = "") -> messages.ToGuest:
+    """A wake-up with fresh entropy; ``env`` is added to the guest kernel's environment.
+
+    ``cwd``: the workspace that it waits for, and works in; "" for none.
+    """
+    content = messages.WakeKernel(entropy=os.urandom(64), env=dict(env), cwd=cwd)
     return messages.ToGuest(
         "control",
         "wake",

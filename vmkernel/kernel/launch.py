@@ -125,4 +125,8 @@ def label_of(connection_file: Path) -> Label:
     from vmkernel.host.start import Label
 
     kernel_id = connection_file.stem.removeprefix("kernel-")
-    return Label(kernel_id, str(connection_file.absolute()))
+    try:
+        directory = os.getcwd()  # noqa: PTH109
+    except OSError:  # it was removed
+        directory = ""
+    return Label(kernel_id, str(connection_file.absolute()), directory=directory)

@@ -271,7 +271,7 @@ class GuestSupply:
             "scratch disk": f"{settings.scratch_size} MiB, gone with the VM",
             "accelerator": self._accelerator or "not known yet",
             "outputs": settings.outputs,
-            "workspace": "none: the host's files are not seen here",
+            "workspace": self._start.workspace.in_words if self._start is not None else "none yet",
             "network": self._network_in_words(),
         }
         given = in_words(settings.env, settings.env_file, os.environ)
@@ -358,7 +358,12 @@ class GuestSupply:
         timeout = min(ADOPT_SECONDS, self._settings.start_timeout)
         try:
             env = environment(self._label, self._settings)
+            start = self._start
             async with asyncio.TaskGroup() as group:
+                if start is not None:
+                    start.choose_workspace()
+                    guest.cwd = start.workspace.path
+                    group.create_task(start.show_workspace(guest))
                 group.create_task(guest.set_environment(env, timeout))
                 group.create_task(guest.vm.agent.call(messages.SetClock(time.time_ns()), timeout))
         except* VmError as errors:

@@ -70,7 +70,8 @@ class WakeKernel(msgspec.Struct, forbid_unknown_fields=True):
     """Content of the first request to a guest kernel, ``wake_request`` on control.
 
     ``entropy`` reseeds the process's own generators; ``env`` is added to its environment;
-    ``cwd`` is the workspace, entered when the agent has it there ("": none).  No other request is served before it.
+    ``cwd`` is the workspace, entered when the agent has it there ("": none).
+    No other request is served before it.
     """
 
     entropy: bytes
@@ -196,14 +197,7 @@ class MoveFile(msgspec.Struct, tag="move_file", forbid_unknown_fields=True):
 
 FileCommand = ReadFile | WriteFile | ListFiles | MakeDirectory | MoveFile
 Command = (
-    Wake
-    | ShowWorkspace
-    | SetClock
-    | Interrupt
-    | StartKernel
-    | Stats
-    | OpenNetwork
-    | FileCommand
+    Wake | ShowWorkspace | SetClock | Interrupt | StartKernel | Stats | OpenNetwork | FileCommand
 )
 
 

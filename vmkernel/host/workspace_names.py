@@ -1,0 +1,65 @@
+"""What of a workspace a guest does not see, and what it may not write: by name, at any depth.
+
+*Hidden* is what opens doors: keys, tokens, passwords.  *Protected* is what a program of the host's
+obeys when it finds it where it works: a version control system's hooks, an editor's tasks, Python's
+caches and start-up files, Jupyter's configuration.  Both are rules about names, not about files
+that happen to be there: what is not there yet cannot be made either.
+
+The names are compared as the most forgiving file system would: without case, without what is
+invisible, without dots and blanks at their ends.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import unicodedata
+
+from vmkernel.host.private_names import is_trap
+
+_HIDDEN = re.compile(
+    rb"\.(ssh|gnupg|aws|azure|kube|docker|password-store|gcloud|vault-token|boto|s3cfg|pgpass"
+    rb"|my\.cnf|npmrc|yarnrc(\.yml)?|pypirc|netrc|git-credentials|htpasswd|secrets?"
+    rb"|env|env\..*|jupyter|vmkernel)"
+    rb"|_netrc|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|kdbx|keytab|ppk)"
+    rb"|kernel-.*\.json|(jp|nb)server-.*|(jupyter|notebook)_cookie_secret"
+    rb"|application_default_credentials\.json",
+    re.DOTALL,
+)
+_PROTECTED = re.compile(
+    rb"git~[0-9]+"  # .git, as MS-DOS would call it
+    rb"|head"  # a directory with a file HEAD is a repository, and its config names programs
+    rb"|desktop\.ini|autorun\.inf",
+    re.DOTALL,
+)
+_OURS = re.compile(rb"\.fuse_hidden[0-9a-f]{8,32}")
+"""How libfuse calls a file that was removed while it is open."""
+
+
+def is_hidden(name: bytes) -> bool:
+    """Whether a guest is to see nothing of this name."""
+    return _judge(name)[0]
+
+
+def is_protected(name: bytes) -> bool:
+    """Whether a guest may write nothing of this name; what is hidden is protected, too."""
+    return _judge(name)[1]
+
+
+@functools.lru_cache(4096)
+def _judge(name: bytes) -> tuple[bool, bool]:
+    plain = _plain(name)
+    hidden = _HIDDEN.fullmatch(plain) is not None
+    if _OURS.fullmatch(name):
+        return False, False
+    return hidden, hidden or is_trap(plain) or _PROTECTED.fullmatch(plain) is not None
+
+
+def _plain(name: bytes) -> bytes:
+    if name.isascii():
+        text = name.decode().lower()
+    else:
+        text = unicodedata.normalize("NFKC", name.decode("utf-8", "surrogateescape")).casefold()
+        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    stripped = text.rstrip(". ").partition(":")[0]  # NTFS: `.git::$INDEX_ALLOCATION`
+    return (stripped or text).encode("utf-8", "surrogateescape")
