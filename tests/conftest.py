@@ -63,6 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
         VMKERNEL_RUNTIME_DIR=str(session_dir / "run"),
         VMKERNEL_STATE_DIR=str(session_dir / "state"),
         VMKERNEL_POOL_SIZE="0",  # the pool has tests of its own
+        VMKERNEL_WORKSPACE="none",  # so has the workspace; the rest write where they are
         XDG_CONFIG_HOME=str(session_dir / "config"),
         JUPYTER_CONFIG_DIR=str(session_dir / "jupyter" / "config"),
         JUPYTER_DATA_DIR=str(session_dir / "jupyter" / "data"),
