@@ -520,6 +520,26 @@ def locked_settings(system_config: Path = SYSTEM_CONFIG) -> frozenset[str]:
     return _locked(_read_config(system_config).get("locked", ()), system_config)
 
 
+def check_locked(settings: Settings, system_config: Path = SYSTEM_CONFIG) -> None:
+    """See that settings that a program made, or an earlier day, are not what is locked today.
+
+    Raises:
+        SettingsError: one is; and what is wrong with the administrator's file.
+    """
+    administrators = _read_config(system_config)
+    locked = _locked(administrators.get("locked", ()), system_config)
+    if not locked:
+        return
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
+    environ["XDG_CONFIG_HOME"] = "/dev/null"  # where no user's file is
+    in_force = load_settings(environ=environ, system_config=system_config)
+    for name in locked:
+        if name == "memory" and name not in administrators:
+            continue  # each recipe has its own
+        values = {name: getattr(in_force, name)}
+        _require_same(name, getattr(settings, name), "the program", values, system_config)
+
+
 def _locked(names: object, path: Path) -> frozenset[str]:
     """The names under the key ``locked`` of the administrator's file."""
     source = f"{path}, key 'locked'"

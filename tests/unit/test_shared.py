@@ -17,7 +17,13 @@ from vmkernel.host.openings import in_a_line, in_short, openings
 from vmkernel.host.sharing import differences
 from vmkernel.host.start import Label
 from vmkernel.image.store import FILES, FORMAT, Manifest, find_image, is_shared, list_images
-from vmkernel.settings import Settings, load_settings, load_settings_with_sources, locked_settings
+from vmkernel.settings import (
+    Settings,
+    check_locked,
+    load_settings,
+    load_settings_with_sources,
+    locked_settings,
+)
 from vmkernel.vm.tsc import host_tsc_khz
 
 ANN, BOB = 70001, 70002
@@ -186,6 +192,19 @@ def test_a_list_of_locked_settings_that_is_none(load: Any, wrong: str, tmp_path:
 def test_only_the_administrator_locks(load: Any) -> None:
     with pytest.raises(SettingsError, match="no setting 'locked'"):
         load("", user='locked = ["network"]')
+
+
+def test_what_a_program_made_itself_keeps_to_what_is_locked(tmp_path: Path) -> None:
+    system = tmp_path / "system.toml"
+    check_locked(Settings(network="open"), system)
+    system.write_text('locked = ["network", "memory", "recipe"]\nrecipe = "bash"')
+    check_locked(Settings(recipe="bash", memory=700), system)  # a recipe's own memory
+    for wrong in (Settings(recipe="bash", network="open"), Settings(recipe="minimal")):
+        with pytest.raises(SettingsError, match="the administrator has locked it"):
+            check_locked(wrong, system)
+    system.write_text('locked = ["memory"]\nmemory = "1G"')
+    with pytest.raises(SettingsError, match="it is 1024"):
+        check_locked(Settings(memory=2048), system)
 
 
 # --- what may be taken from where ---

@@ -44,6 +44,7 @@ _ALWAYS_LOCKED = ("semaphore_file", "max_concurrent_vms", "max_vms_per_user")
     help="Any setting, for all users. Repeatable.",
 )
 @click.option("--group", metavar="NAME", help="Only members of this group may start VMs.")
+@click.option("--rebuild", is_flag=True, help="Build images anew, with the newest packages.")
 @click.option("--dry-run", is_flag=True, help="Only tell what would be done.")
 def setup_host(
     recipes: tuple[str, ...],
@@ -53,6 +54,7 @@ def setup_host(
     locked: tuple[str, ...],
     more: tuple[str, ...],
     group: str | None,
+    rebuild: bool,
     dry_run: bool,
 ) -> None:
     """Set up this host for all its users: images, memory templates, VM slots, configuration.
@@ -92,7 +94,7 @@ def setup_host(
         _make_slots(place / name, group, dry_run)
     _write_config(SYSTEM_CONFIG, place, chosen, locked, dry_run)
     for recipe in wanted:
-        _build(recipe, loaded, place, dry_run)
+        _build(recipe, loaded, place, rebuild=rebuild, dry_run=dry_run)
     _sweep(loaded, place, dry_run)
 
 
@@ -175,7 +177,9 @@ def _write_config(
         click.echo(f"  {line}")
 
 
-def _build(recipe: Recipe, loaded: LoadedSettings, place: Path, dry_run: bool) -> None:
+def _build(
+    recipe: Recipe, loaded: LoadedSettings, place: Path, *, rebuild: bool, dry_run: bool
+) -> None:
     import msgspec
 
     from vmkernel.cli.image import _ProgressLine
@@ -187,11 +191,11 @@ def _build(recipe: Recipe, loaded: LoadedSettings, place: Path, dry_run: bool) -
 
     settings = msgspec.structs.replace(store_settings(loaded.settings, place), recipe=recipe.name)
     if dry_run:
-        there = (settings.images_dir / recipe.name / "manifest.json").is_file()
+        there = not rebuild and (settings.images_dir / recipe.name / "manifest.json").is_file()
         _tell("is there" if there else "built", f"image {recipe.name!r}", dry_run and not there)
         return _tell("built, if it is not there", f"template of {recipe.name!r}", dry_run)
     with _ProgressLine(recipe.name) as line:
-        image = build_image(recipe, settings, progress=line.show)
+        image = build_image(recipe, settings, progress=line.show, force=rebuild)
     what = f"image {recipe.name!r}, {mebibytes(image.size)} in {image.directory}"
     _tell("built" if line.shown else "is there", what)
     settings = settings_for_recipe(LoadedSettings(settings, loaded.sources))

@@ -35,6 +35,7 @@ from vmkernel.models import ENDED, Language, VmState
 from vmkernel.settings import (
     LoadedSettings,
     Settings,
+    check_locked,
     check_names,
     dump_settings,
     load_settings_with_sources,
@@ -188,6 +189,7 @@ class VmManager:
         """
         record = await asyncio.to_thread(self._registry.get, vm)
         mine = restore_settings(msgspec.json.decode(record.settings or b"{}", type=dict[str, Any]))
+        check_locked(mine)
 
         take = _waiting_for_slot(mine, record, timeout, on_progress)
         return await self._start(record, mine, env, take, on_progress)
@@ -440,6 +442,7 @@ class VmManager:
             recipe = recipe_for_language(str(language), settings)
         if recipe is not None:
             settings = msgspec.structs.replace(settings, recipe=recipe)
+        check_locked(settings)
         sources = self._sources | dict.fromkeys(changes, "the program")
         if self.settings.memory != _DEFAULT_MEMORY:
             sources["memory"] = "the program"
