@@ -493,6 +493,9 @@ KNOWN = (
     Known("connect-info", r"iopub stream/content/text", "shell_port"),
     Known("vm-magic", r"iopub execute_result/content/data/text/plain", r"%vm "),
     Known("aborted-engine", r"shell execute_reply/metadata/engine"),
+    # Links get rel="noopener"; IPython's Code has its style sheet first (docs/outputs.md)
+    Known("links", r"iopub execute_result/content/data/text/html", "noopener noreferrer"),
+    Known("code", r"iopub execute_result/content/data/text/html", "output_html"),
     Known("svg", r"iopub \w+/content/data/image/svg\+xml", "<svg "),
     Known("input-frame", r".+/traceback/\d+", r"PortKernel\b.+_input_request"),
 )

@@ -22,7 +22,7 @@ from compare import Difference, Heard, Message, Normaliser, Step, Transcript, di
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(900)]
 
 REAL_WORK = ("real_work", "real_work_more")
-WITH_PACKAGES = (*REAL_WORK, "widgets")
+WITH_PACKAGES = (*REAL_WORK, "widgets", "displays")
 OTHERS = sorted({path.stem for path in compare.NOTEBOOKS.glob("*.ipy")} - {*WITH_PACKAGES})
 ERRORS = """
 ValueError KeyError SyntaxError RuntimeError AssertionError IndexError NameError SyntaxError Custom

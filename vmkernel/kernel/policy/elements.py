@@ -30,7 +30,7 @@ ATTRIBUTES: dict[str, frozenset[str]] = {
     "*": frozenset(
         (_ON_ALL + "title valign width aria-hidden aria-label aria-describedby role").split()
     ),
-    "a": frozenset({"href", "target"}),
+    "a": frozenset({"href", "target", "download"}),
     "audio": frozenset("src controls autoplay loop muted preload".split()),
     "video": frozenset("src controls autoplay loop muted preload poster playsinline".split()),
     "source": frozenset({"src", "type"}),
@@ -64,7 +64,9 @@ _IMAGE = re.compile(
     re.IGNORECASE,
 )
 _SOUND = re.compile(r"data:(?:audio|video)/[\w.+-]+(?:;codecs=[\w.,-]+)?;base64,", re.IGNORECASE)
-_RELATIVE = re.compile(r"(?:#|[A-Za-z0-9_.~%-]+(?:[/?#]|\Z))[^:\\]*")
+# A first part that is no scheme and no host, as a file's name may be: with blanks, in any script.
+_RELATIVE = re.compile(r"(?:#|[\w.~%][\w .~%(),+@&!'-]*(?:[/?#]|\Z))[^:\\]*")
+_DOWNLOAD = re.compile(r"[\w(][\w .()+-]{0,100}")
 _LINK = re.compile(r"(?:https?://|mailto:)", re.IGNORECASE)
 # Ids make names of the page's script (DOM clobbering); these belong to displays that need them.
 _ID = re.compile(r"(?:T_|sk-|section-|fn|footnote)[A-Za-z0-9_-]{0,200}")
@@ -85,6 +87,8 @@ def attribute(tag: str, name: str, value: str) -> str | None:
         return value if _ID.fullmatch(value) else None
     if name == "href":
         return value if is_link(value) else None
+    if name == "download":  # what a person clicks on is saved, not opened in the front end
+        return value if _DOWNLOAD.fullmatch(value) else ""
     if name == "target":
         return "_blank" if value == "_blank" else None
     if name in ("src", "poster"):
