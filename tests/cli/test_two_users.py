@@ -29,7 +29,7 @@ NOTEBOOK = """
 import json, sys
 from jupyter_client.manager import start_new_kernel
 manager, client = start_new_kernel(kernel_name="vmsandbox-minimal", startup_timeout=100)
-print(json.dumps("ready"), flush=True)
+print(json.dumps(client.kernel_info(reply=True)["content"]["banner"]), flush=True)
 for line in sys.stdin:
     said = []
     def hook(message):
@@ -49,7 +49,7 @@ class Notebook:
         done = user.cli("install", "--recipe", "minimal")
         assert done.returncode == 0, done.stderr
         self._process = user.start(sys.executable, "-c", NOTEBOOK, **env)
-        assert self._hear() == "ready"
+        self.banner = self._hear()
 
     def run(self, code: str) -> str:
         assert self._process.stdin is not None
@@ -167,11 +167,15 @@ def test_neither_sees_what_is_the_others(
     assert hers["log_dir"]
     # What is open is told to her, and of the variable the name
     assert (hers["environment"], hers["network"]) == ("TOKEN", "none")
+    assert "files: ask, variables: TOKEN" in notebooks[0].banner
+    assert "workspace: ro" in notebooks[0].banner
+    assert "variables" not in notebooks[1].banner
+    assert "TOKEN" in notebooks[0].run("%vm")
     assert "env" in ann.cli("ps").stdout
     wide = ann.cli("ps", "--wide").stdout
     assert "WORKSPACE" in wide
     assert "TOKEN" in wide
-    assert SECRET not in wide + json.dumps(hers)
+    assert SECRET not in wide + json.dumps(hers) + notebooks[0].banner + notebooks[0].run("%vm")
     # He sees that a slot is taken, and by whom, and nothing of the VM
     told = bob.json("ps", "--all")
     (stranger,) = [vm for vm in told["vms"] if not vm["id"]]
