@@ -327,14 +327,14 @@ def test_settings_without_a_store_look_nowhere_else(tmp_path: Path) -> None:
 def test_what_is_open_is_told_by_name_and_never_by_value(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    here = os.path.realpath(tmp_path)
     monkeypatch.setenv("TOKEN", "hush")
     settings = Settings(
         workspace="rw", network="allow", network_allow=("a.org", "b.org:22"), env=("TOKEN", "GONE")
     )
-    found = openings(settings, Label("kernel"))
+    found = openings(settings, Label("kernel", directory=here))
     assert found == {
-        "workspace": f"rw {tmp_path}",
+        "workspace": f"rw {here}",
         "network": "allow (packages, a.org, b.org:22)",
         "environment": "TOKEN, GONE (not set)",
         "files": "ask",
@@ -344,8 +344,11 @@ def test_what_is_open_is_told_by_name_and_never_by_value(
     # A program's VM has a workspace only where its directory is named
     program = openings(settings, Label(vm_id="vm-00000001", env={"B": "hush", "A": ""}))
     assert (program["workspace"], program["environment"]) == ("none", "A, B")
-    named = msgspec.structs.replace(settings, workspace_dir=Path("/data"))
-    assert openings(named, Label(vm_id="vm-00000001"))["workspace"] == "rw /data"
+    named = msgspec.structs.replace(settings, workspace_dir=tmp_path)
+    assert openings(named, Label(vm_id="vm-00000001"))["workspace"] == f"rw {here}"
+    gone = msgspec.structs.replace(settings, workspace_dir=tmp_path / "gone")
+    assert openings(gone, Label())["workspace"].startswith("none: ")
+    assert in_short(openings(gone, Label())) == "allow,env"
 
 
 def test_nothing_is_open_where_all_is_closed() -> None:

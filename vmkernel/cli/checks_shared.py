@@ -5,7 +5,6 @@ docs/shared-hosts.md, docs/workspace.md, docs/network.md. Floor 5.
 
 from __future__ import annotations
 
-import os
 import stat
 from typing import TYPE_CHECKING
 
@@ -95,28 +94,13 @@ def network(settings: Settings) -> Check:
 
 def workspace(settings: Settings) -> Check:
     """Whether guests can be shown a directory of this host's."""
-    import shutil
-    from pathlib import Path
-
-    from vmkernel.vm.sandbox import find_wall
+    from vmkernel.host.workspace import missing_parts
 
     name = "workspace"
     if settings.workspace == "none":
         return Check(name, "ok", "none: guests see no directory of this host's")
-    where = settings.workspace_dir or "the notebook's directory"
-    found = f"{settings.workspace}: {where}"
-    places = ("/usr/lib/openssh/sftp-server", "/usr/libexec/openssh/sftp-server",
-              "/usr/lib/ssh/sftp-server", "/usr/libexec/sftp-server")  # fmt: skip
-    if not any(Path(place).exists() for place in places) and not shutil.which("sftp-server"):
-        return Check(
-            name, "warning", f"{found}, but there is no sftp-server",
-            "sudo apt-get install openssh-sftp-server, or set VMKERNEL_WORKSPACE=none",
-        )  # fmt: skip
-    from vmkernel.vm.qemu import find_qemu
-
-    if not find_wall(settings, find_qemu(settings.qemu, os.environ.get("PATH", os.defpath))).bwrap:
-        return Check(
-            name, "warning", f"{found}, but bubblewrap does not work here",
-            "see the line `sandbox`, or set VMKERNEL_WORKSPACE=none",
-        )  # fmt: skip
+    found = f"{settings.workspace}: {settings.workspace_dir or 'a notebook sees its own directory'}"
+    problem, hint = missing_parts()
+    if problem:
+        return Check(name, "warning", f"{found}, but it does not work here: {problem}", hint)
     return Check(name, "ok", found)

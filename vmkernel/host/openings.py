@@ -8,10 +8,11 @@ path of a clone.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vmkernel.environment import in_words as variables_in_words
+from vmkernel.errors import SettingsError
+from vmkernel.host.workspace import choose
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,10 +24,10 @@ NAMES = ("workspace", "network", "environment", "files")
 """The openings, as the record's columns are called."""
 
 
-def openings(settings: Settings, label: Label) -> dict[str, str]:
-    """Each opening in a few words: "none" where it is closed."""
+def openings(settings: Settings, label: Label, workspace: str | None = None) -> dict[str, str]:
+    """Each opening in a few words: "none" where it is closed.  ``workspace``: if it is known."""
     return {
-        "workspace": _workspace(settings, label),
+        "workspace": _workspace(settings, label) if workspace is None else workspace,
         "network": _network(settings),
         "environment": _environment(settings, label) or "none",
         # A program and `vmkernel cp` copy files by their own authority; `%vm` is a notebook's
@@ -49,23 +50,16 @@ def in_short(found: Mapping[str, str]) -> str:
     """
     if not any(found[name] for name in NAMES):
         return "?"
-    words = [found[name].partition(" ")[0] for name in ("workspace", "network")]
+    words = [found[name].partition(" ")[0].rstrip(":") for name in ("workspace", "network")]
     words.append("none" if found["environment"] in ("", "none") else "env")
     return ",".join(word for word in words if word not in ("", "none")) or "-"
 
 
 def _workspace(settings: Settings, label: Label) -> str:
-    if settings.workspace == "none":
-        return "none"
-    directory = settings.workspace_dir
-    if directory is None:
-        if not label.kernel_id:
-            return "none"
-        try:
-            directory = Path.cwd()  # of the kernel's process: the notebook's
-        except OSError:
-            return "none"
-    return f"{settings.workspace} {directory}"
+    try:
+        return choose(settings, label.directory, label.connection_file).in_words
+    except SettingsError as error:  # of which the start fails
+        return f"none: {error.message}"
 
 
 def _network(settings: Settings) -> str:

@@ -147,7 +147,9 @@ def begin(settings: Settings, label: Label, slot: Slot | None = None) -> Started
     if slot is None:
         return None
     with slot:
-        record = _new_record(settings, label)  # written down by VmStart, while QEMU loads
+        record = _new_record(
+            settings, label, workspace
+        )  # written down by VmStart, while QEMU loads
         try:
             return _spawn_clone(settings, spec, template, record, slot, env, workspace)
         except BaseException:
@@ -360,6 +362,7 @@ class VmStart:
             )
         except (OSError, VmGuestError) as error:
             self.workspace = Choice(None, str(error))
+            self._recorder.changed(workspace=self.workspace.in_words)
             gate, self.gate = self.gate, None
             if gate is not None:
                 gate.close()
@@ -368,7 +371,7 @@ class VmStart:
         settings = self.settings
         env = environment(self.label, settings)  # first: its mistakes need no slot to be told
         workspace = workspace_of(self.label, settings)
-        record = _new_record(settings, self.label)
+        record = _new_record(settings, self.label, workspace)
         self.vm_id = record.vm_id
         self._recorder.write(lambda: _tidy(settings))
         self._recorder.waiting(record)
@@ -512,7 +515,7 @@ def _changed(path: Path) -> int:
         return 0
 
 
-def _new_record(settings: Settings, label: Label) -> registry.VmRecord:
+def _new_record(settings: Settings, label: Label, workspace: Choice) -> registry.VmRecord:
     vm_id = label.vm_id or f"vm-{os.urandom(4).hex()}"
     return registry.new_record(
         vm_id=vm_id,
@@ -524,7 +527,7 @@ def _new_record(settings: Settings, label: Label) -> registry.VmRecord:
         memory=settings.memory,
         vcpus=settings.vcpus,
         log_dir=str(log_dir(settings, vm_id)),
-        **openings(settings, label),
+        **openings(settings, label, workspace.in_words),
     )
 
 

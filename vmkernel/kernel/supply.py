@@ -251,10 +251,11 @@ class GuestSupply:
         accelerator = self._accelerator
         if not accelerator and self._begun is not None:
             accelerator = self._begun.spawned.machine.accelerator
+        shown = self._start.workspace.in_words if self.current is not None and self._start else None
         return (
             f"recipe: {self._settings.recipe}, memory: {self._settings.memory} MiB, "
             f"accelerator: {accelerator or 'not known yet'}, "
-            + in_a_line(openings(self._settings, self._label))
+            + in_a_line(openings(self._settings, self._label, shown))
         )
 
     def describe(self) -> dict[str, str]:
@@ -273,6 +274,7 @@ class GuestSupply:
             "outputs": settings.outputs,
             "workspace": self._start.workspace.in_words if self._start is not None else "none yet",
             "network": self._network_in_words(),
+            "files": settings.files,
         }
         given = in_words(settings.env, settings.env_file, os.environ)
         if given:
