@@ -90,8 +90,8 @@ def test_build_tells_what_is_there_and_what_is_no_recipe(home: Path) -> None:
 
 def test_progress_on_a_terminal_is_one_line(tmp_path: Path) -> None:
     code = (
-        "from vmkernel.cli.image import _ProgressLine\n"
-        "with _ProgressLine('x') as line:\n"
+        "from vmkernel.cli.image_build import ProgressLine\n"
+        "with ProgressLine('x') as line:\n"
         "    for i in range(5): line.show('phase' + 'long' * 100, i / 4)\n"
     )
     outer, inner = pty.openpty()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from vmkernel.errors import ImageError
-from vmkernel.image import debian, python
+from vmkernel.image import debian, pipwords, python
 from vmkernel.image.tools import ToolFailed, Tools, require_tools
 
 
@@ -157,7 +157,7 @@ E: mmdebstrap failed to run
 
 
 def test_what_pip_says_is_understood() -> None:
-    what, hint = python.explain_failure(
+    what, hint = pipwords.explain_failure(
         [
             "ERROR: Could not find a version that satisfies the requirement nosuch==1 (from x)",
             "ERROR: No matching distribution found for nosuch==1",
@@ -165,7 +165,7 @@ def test_what_pip_says_is_understood() -> None:
     )
     assert "nosuch==1" in what
     assert "python.requirements" in hint
-    what, hint = python.explain_failure(
+    what, hint = pipwords.explain_failure(
         [
             "WARNING: Retrying … NewConnectionError: Failed to establish a new connection",
             "ERROR: No matching distribution found for numpy",
@@ -173,7 +173,7 @@ def test_what_pip_says_is_understood() -> None:
     )
     assert "not reached" in what
     assert "pip config" in hint
-    assert python.explain_failure([])[0]
+    assert pipwords.explain_failure([])[0]
 
 
 def test_scripts_of_pip_get_the_guests_interpreter() -> None:

@@ -45,7 +45,7 @@ def completion(shell: str) -> None:
 
 def recipe_names(incomplete: str) -> list[str]:
     """Recipes that begin so: those with an image, and ours."""
-    from vmkernel.image.recipe import recipe_names
+    from vmkernel.image.recipe import recipe_names, user_recipe_names
     from vmkernel.image.store import list_images
     from vmkernel.settings import load_settings
 
@@ -53,7 +53,11 @@ def recipe_names(incomplete: str) -> list[str]:
         built = [name for name, _ in list_images(load_settings())]
     except VmError:
         built = []
-    return sorted(name for name in {*built, *recipe_names()} if name.startswith(incomplete))
+    return sorted(
+        name
+        for name in {*built, *recipe_names(), *user_recipe_names()}
+        if name.startswith(incomplete)
+    )
 
 
 def vm_names(incomplete: str) -> list[CompletionItem]:

@@ -182,7 +182,7 @@ def _build(
 ) -> None:
     import msgspec
 
-    from vmkernel.cli.image import _ProgressLine
+    from vmkernel.cli.image_build import ProgressLine
     from vmkernel.cli.output import mebibytes
     from vmkernel.host.sharing import share_template, store_settings
     from vmkernel.host.start import settings_for_recipe
@@ -194,13 +194,13 @@ def _build(
         there = not rebuild and (settings.images_dir / recipe.name / "manifest.json").is_file()
         _tell("is there" if there else "built", f"image {recipe.name!r}", dry_run and not there)
         return _tell("built, if it is not there", f"template of {recipe.name!r}", dry_run)
-    with _ProgressLine(recipe.name) as line:
+    with ProgressLine(recipe.name) as line:
         image = build_image(recipe, settings, progress=line.show, force=rebuild)
     what = f"image {recipe.name!r}, {mebibytes(image.size)} in {image.directory}"
     _tell("built" if line.shown else "is there", what)
     settings = settings_for_recipe(LoadedSettings(settings, loaded.sources))
     show: Callable[[str], None] = lambda text: line.show(text.partition(",")[0], 0.0)  # noqa: E731
-    with _ProgressLine(f"template of {recipe.name}") as line:
+    with ProgressLine(f"template of {recipe.name}") as line:
         template, built = asyncio.run(share_template(settings, show))
     what = f"template of {recipe.name!r} for {settings.memory} MiB in {template.directory}"
     return _tell("built" if built else "is there", what)

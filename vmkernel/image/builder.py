@@ -15,9 +15,10 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,7 +26,9 @@ from vmkernel.errors import ImageError
 from vmkernel.image import debian, python, store
 from vmkernel.image.apt import Mirrors, host_mirrors
 from vmkernel.image.initrd import ModuleTree, build_initrd, parse_module_list
+from vmkernel.image.lock import answers
 from vmkernel.image.recipe import Recipe
+from vmkernel.image.reuse import PYTHON_PART, ReusedTree, find_donor, take_tree
 from vmkernel.image.store import FORMAT, Image
 from vmkernel.image.tools import ToolFailed, Tools, require_tools
 from vmkernel.resources import resource_dir
@@ -52,8 +55,14 @@ def build_image(
     progress: Progress = lambda phase, fraction: None,
     force: bool = False,
     mirrors: Mirrors | None = None,
+    lock: str = "",
+    reuse: bool = False,
+    origins: Mapping[str, str] | None = None,
 ) -> Image:
     """Build the image of *recipe*, unless there is one of exactly this recipe (or *force*).
+
+    *lock*: the versions to install, where it is of this recipe (`image.lock`). *reuse*: the Debian
+    of an image that is there will do. *origins*: where requirements were written, for messages.
 
     Where an image of another recipe has the same content, both share its files on the disk.
     *progress* gets the phase in words and the fraction done. *mirrors* stand in for those of the
@@ -63,20 +72,21 @@ def build_image(
     Raises:
         ImageError: a tool or space is missing, or a download failed; nothing is left behind.
     """
-    if not force and (image := _existing(recipe, settings)) is not None:
+    if not force and (image := _existing(recipe, settings, lock)) is not None:
         return image
     asked = datetime.now(UTC).isoformat()
     _make_images_dir(settings)
     with image_lock(
         recipe.name, settings, waiting=lambda: progress("waiting for another build", 0.0)
     ):
-        image = _existing(recipe, settings)
+        image = _existing(recipe, settings, lock)
         # Built by somebody else while this one waited: fresh enough even for `force`.
         if image is not None and (not force or image.manifest.created > asked):
             return image
-        twin = None if force else _of_same_content(recipe, settings)
+        twin = None if force else _of_same_content(recipe, settings, lock, reuse)
+        donor = find_donor(recipe, settings) if reuse and not force and twin is None else None
         if twin is None:
-            _check_host(settings)
+            _check_host(settings, with_debian=donor is None)
         _sweep(recipe.name, settings)
         work = settings.images_dir / f".tmp-{recipe.name}-{os.getpid()}"
         try:
@@ -84,7 +94,8 @@ def build_image(
                 _share(twin, recipe, work)
             else:
                 with Tools(settings.state_dir / f"image-{recipe.name}.log") as tools:
-                    _build(recipe, work, tools, mirrors or host_mirrors(), progress)
+                    plan = _Plan(recipe, settings, mirrors or host_mirrors(), donor, lock, origins)
+                    _build(plan, work, tools, progress)
             progress("putting the image in place", 0.99)
             _put_in_place(work / "image", settings.images_dir / recipe.name)
         except OSError as error:
@@ -123,9 +134,18 @@ def image_lock(
         os.close(descriptor)
 
 
-def _build(
-    recipe: Recipe, work: Path, tools: Tools, mirrors: Mirrors | None, progress: Progress
-) -> None:
+class _Plan(NamedTuple):
+    recipe: Recipe
+    settings: Settings
+    mirrors: Mirrors | None
+    donor: Image | None
+    """Whose Debian is taken."""
+    lock: str
+    origins: Mapping[str, str] | None
+
+
+def _build(plan: _Plan, work: Path, tools: Tools, progress: Progress) -> None:
+    recipe, donor = plan.recipe, plan.donor
     work.mkdir()
     image = work / "image"
     image.mkdir()
@@ -134,19 +154,31 @@ def _build(
         progress(phase, start)
         return lambda fraction: progress(phase, start + (end - start) * fraction)
 
-    advance = part("Debian packages", 0.01, 0.45)
-    tree = debian.make_tree(recipe, work, tools, mirrors, advance)
-    debian.finish_tree(tree.root, mirrors)
+    tree: debian.DebianTree | ReusedTree
+    if donor is not None:
+        part(f"Debian packages, from the image {donor.name!r}", 0.01, 0.45)
+        tree = take_tree(donor, work, tools, plan.settings)
+    else:
+        advance = part("Debian packages", 0.01, 0.45)
+        tree = debian.make_tree(recipe, work, tools, plan.mirrors, advance)
+        debian.finish_tree(tree.root, plan.mirrors)
 
     interpreter = python.GuestPython(tree.root)
     version = interpreter.full_version()
+    lock = plan.lock
+    if lock and not answers(lock, recipe, interpreter.version):
+        progress("the lock is of other requirements: versions are chosen anew", 0.45)
+        lock = ""
     advance = part("Python packages", 0.45, 0.60)
     environment = interpreter.environment()
     # The standard library is compiled while pip waits for the network.
     stdlib = [interpreter.stdlib, tree.root / "usr/lib/python3"]
-    compilers = python.compile_commands(interpreter, tree.root, stdlib)
+    compilers = python.compile_commands(interpreter, tree.root, stdlib) if donor is None else []
     with tools.beside(compilers, env=environment):
-        python.install_packages(interpreter, tree.root, recipe, tree.pip_wheel, tools, advance)
+        versions = python.install_packages(
+            interpreter, tree.root, recipe, tree.pip_wheel, tools, advance,
+            lock=lock, origins=plan.origins,
+        )  # fmt: skip
     python.check_preloads(interpreter, recipe, tools)
     part("bytecode", 0.60, 0.85)
     packages = sorted(interpreter.packages.iterdir())
@@ -155,14 +187,19 @@ def _build(
         pass
     part("kernel and initial RAM disk", 0.85, 0.88)
     shutil.copyfile(tree.kernel, image / store.KERNEL)
-    images = resource_dir("images")
-    wanted = parse_module_list((images / "modules.txt").read_text(encoding="utf-8"))
-    initrd = build_initrd(
-        (images / "init").read_bytes(),
-        tree.busybox.read_bytes(),
-        ModuleTree(tree.modules).select(wanted),
-    )
-    (image / store.INITRD).write_bytes(initrd)
+    if isinstance(tree, ReusedTree):
+        shutil.copyfile(tree.donor.initrd, image / store.INITRD)
+    else:
+        images = resource_dir("images")
+        wanted = parse_module_list((images / "modules.txt").read_text(encoding="utf-8"))
+        initrd = build_initrd(
+            (images / "init").read_bytes(),
+            tree.busybox.read_bytes(),
+            ModuleTree(tree.modules).select(wanted),
+        )
+        (image / store.INITRD).write_bytes(initrd)
+    shutil.copyfile(tree.pip_wheel, image / tree.pip_wheel.name)
+    (image / store.REQUIREMENTS).write_text(versions, encoding="utf-8")
     _write_lock(image / store.LOCK, tree, interpreter)
 
     part("root file system", 0.88, 0.95)
@@ -180,7 +217,7 @@ def _build(
             name: store.FileRecord(
                 size=(image / name).stat().st_size, sha256=store.sha256_of(image / name)
             )
-            for name in store.FILES
+            for name in (*store.FILES, store.REQUIREMENTS, tree.pip_wheel.name)
         },
     )
     _write_manifest(manifest, image)
@@ -194,14 +231,16 @@ def _write_manifest(manifest: store.Manifest, directory: Path) -> None:
         _flush(path)
 
 
-def _of_same_content(recipe: Recipe, settings: Settings) -> Image | None:
-    """An image of another recipe that has the content of this one's."""
+def _of_same_content(recipe: Recipe, settings: Settings, lock: str, locked: bool) -> Image | None:
+    """An image of another recipe that has the content of this one's; *locked*: and a lock."""
     for _, image in store.list_images(settings):
         if (
             isinstance(image, Image)
             and image.name != recipe.name
             and recipe.has_content_of(image.recipe)
             and image.manifest.debian_suite == debian.SUITE
+            and (not locked or image.requirements)
+            and (not lock or image.requirements == lock)
         ):
             return image
     return None
@@ -211,7 +250,7 @@ def _share(twin: Image, recipe: Recipe, work: Path) -> None:
     """Make an image of *twin*'s files, which nobody writes to, and a manifest of its own."""
     image = work / "image"
     image.mkdir(parents=True)
-    for name in store.FILES:
+    for name in twin.manifest.files:
         try:
             (image / name).hardlink_to(twin.directory / name)
         except OSError:  # a file system without them, or another user's file
@@ -236,23 +275,29 @@ def _make_erofs(root: Path, target: Path, tools: Tools) -> None:
         ) from error
 
 
-def _write_lock(path: Path, tree: debian.DebianTree, interpreter: python.GuestPython) -> None:
+def _write_lock(
+    path: Path, tree: debian.DebianTree | ReusedTree, interpreter: python.GuestPython
+) -> None:
     lines = [
         f"# Debian {debian.SUITE}: package, version, architecture",
         *tree.packages(),
-        "# Python distributions",
+        PYTHON_PART,
         *python.distributions(interpreter),
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def _existing(recipe: Recipe, settings: Settings) -> Image | None:
-    """The image of this very recipe, if there is a sound one."""
+def _existing(recipe: Recipe, settings: Settings, lock: str = "") -> Image | None:
+    """The image of this very recipe, and with these versions, if there is a sound one."""
     try:
         image = store.find_image(recipe.name, settings)
     except ImageError:
         return None
-    return image if image.recipe == recipe else None
+    if image.recipe != recipe:
+        return None
+    python = ".".join(image.manifest.python_version.split(".")[:2])
+    changed = lock and answers(lock, recipe, python) and image.requirements != lock
+    return None if changed else image
 
 
 def _put_in_place(new: Path, final: Path) -> None:
@@ -298,17 +343,19 @@ def _make_images_dir(settings: Settings) -> None:
         raise _not_writable(settings, error) from error
 
 
-def _check_host(settings: Settings) -> None:
+def _check_host(settings: Settings, *, with_debian: bool) -> None:
     if os.uname().machine != "x86_64":
         raise ImageError(
             f"Images are for x86-64, and this host is {os.uname().machine}.",
             hint="use a host with an x86-64 processor",
         )
-    tools = ["mmdebstrap", "apt-config", "dpkg-deb", "mkfs.erofs", "tar"]
-    if os.geteuid() != 0:
-        tools.append("newuidmap")
+    tools = ["mkfs.erofs"]
+    if with_debian:
+        tools += ["mmdebstrap", "apt-config", "dpkg-deb", "tar"]
+        if os.geteuid() != 0:
+            tools.append("newuidmap")
     require_tools(tools)
-    if os.geteuid() != 0:
+    if with_debian and os.geteuid() != 0:
         _check_subordinate_ids()
     temporary = Path(tempfile.gettempdir())
     needed = {settings.images_dir: _SPACE_IMAGES}

@@ -20,6 +20,8 @@ from vmkernel.image.recipe import Recipe
 from vmkernel.image.tools import ToolFailed, Tools
 
 SUITE = "trixie"
+PYTHON = "3.13"
+"""Of its python3."""
 ARCHITECTURE = "amd64"
 USER, USER_ID = "user", 1000
 

@@ -5,9 +5,10 @@ the guest's own dynamic loader it runs on the host, as the user who builds, with
 pip sees the guest's Python version, platform tags and markers, and the bytecode is the guest's.
 
 No code of a package is run here: pip takes wheels only, which have no code to run at
-installation, and whatever starts the interpreter after that does so without ``site`` (-S), which
-would execute the packages' ``.pth`` files. That code is what the VM is there to keep away from
-the host; for the same reason nothing is imported to see whether it works.
+installation, and may start no program, so that it cannot build anything either. Whatever starts
+the interpreter after that does so without ``site`` (-S), which would execute the packages'
+``.pth`` files. That code is what the VM is there to keep away from the host; for the same reason
+nothing is imported to see whether it works.
 
 (The other way, ``pip --target --platform --python-version``, takes the markers of the wrong
 interpreter and puts scripts and data files in the wrong place.)
@@ -23,10 +24,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vmkernel.errors import ImageError
+from vmkernel.image.lock import make_lock
+from vmkernel.image.pipwords import BUILDS, explain_failure, missing_requirement
 from vmkernel.image.recipe import Recipe
 from vmkernel.image.tools import ToolFailed, Tools
 
@@ -44,6 +47,21 @@ for name in names:
         path = spec.submodule_search_locations
         if path is None:  # no package: what it makes of itself (os.path) cannot be seen
             break
+"""
+
+
+# "Wheels only" is not heeded for a requirement that is a URL, also one of a wheel's own metadata:
+# pip would build what is there, and so run it. A build, git and the rest are programs, which pip
+# may not start; it expects that some cannot be. keyring is the user's own store of passwords.
+_RUN_PIP = f"""
+import sys
+def watch(event, arguments):
+    if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"):
+        if event != "subprocess.Popen" or str(arguments[0]).rpartition("/")[2] != "keyring":
+            raise PermissionError({BUILDS!r})
+sys.addaudithook(watch)
+from pip._internal.cli.main import main
+sys.exit(main())
 """
 
 
@@ -120,8 +138,14 @@ def install_packages(
     pip_wheel: Path,
     tools: Tools,
     progress: Callable[[float], None],
-) -> None:
+    *,
+    lock: str = "",
+    origins: Mapping[str, str] | None = None,
+) -> str:
     """Install the recipe's requirements, and pip itself, with the host's pip configuration.
+
+    With *lock* exactly what it says. Returns the lock of what was installed. *origins* says for
+    error messages where requirements were written.
 
     Raises:
         ImageError: a requirement could not be had; names it.
@@ -141,44 +165,47 @@ def install_packages(
     own = Path(sys.prefix, "pip.conf")
     if own.is_file():
         environment.setdefault("PIP_CONFIG_FILE", str(own))
+    report = root.parent / "pip.json"
+    words: list[str | Path] = ["--no-compile", "--no-warn-script-location", "--report", report]
+    if lock:
+        locked = root.parent / "locked.txt"
+        digest = hashlib.sha256(pip_wheel.read_bytes()).hexdigest()
+        pip = f"pip @ {pip_wheel.as_uri()} --hash=sha256:{digest}\n"
+        locked.write_text(lock + pip, encoding="utf-8")
+        words += ["--require-hashes", "--no-deps", "-r", locked]
+    else:
+        words += [pip_wheel, *requirements]
+        if recipe.python.constraints:
+            constraints = root.parent / "constraints.txt"
+            constraints.write_text("\n".join(recipe.python.constraints) + "\n", encoding="utf-8")
+            words += ["-c", constraints]
     try:
-        tools.run(
-            python.argv(
-                "-m", "pip", "install", "--break-system-packages", "--no-user", "--no-input",
-                "--only-binary=:all:", "--no-compile", "--no-warn-script-location",
-                "--root-user-action=ignore", "--progress-bar=off", "--disable-pip-version-check",
-                pip_wheel, *requirements,
-            ),
-            env=environment,
-            on_line=count,
-        )  # fmt: skip
+        tools.run(_pip(python, *words), env=environment, on_line=count)
     except ToolFailed as error:
-        what, hint = explain_failure(error.lines)
+        said, search = error.lines, [""]
+        if missing := missing_requirement(said):
+            # What it passed over, which it tells only when asked
+            tools.run(
+                _pip(python, "-vv", "--dry-run", "--no-deps", missing),
+                env=environment,
+                on_line=search.append,
+                allow_failure=True,
+            )
+        what, hint = explain_failure(said, origins, search, python.version)
         raise ImageError(
             f"The Python packages could not be had: {what}", hint=hint, log_path=tools.log_path
         ) from error
+    versions = make_lock(recipe, python.version, report)
     _tidy(python, root, recipe)
+    return versions
 
 
-def explain_failure(lines: Sequence[str]) -> tuple[str, str]:
-    """What pip said went wrong, naming the requirement, and what to do about it."""
-    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    said = "\n".join(lines)
-    what = "; ".join(dict.fromkeys(errors)) or (lines[-1] if lines else "pip ended without a word")
-    unreachable = re.search(
-        r"(?:Failed to establish|ConnectionError|NameResolutionError|Max retries|"
-        r"ReadTimeout|ConnectTimeout|Connection refused|SSLError|certificate verify failed)",
-        said,
-    )
-    if unreachable:
-        return (
-            f"{what} (the package index was not reached: {unreachable[0]})",
-            "check the network, and the host's pip configuration (`pip config list`)",
-        )
-    return what, (
-        "correct the requirement in the recipe (`python.requirements`); only wheels for the "
-        "guest's Python are installed, nothing is compiled"
-    )
+def _pip(python: GuestPython, *words: str | Path) -> list[str]:
+    return python.argv(
+        "-P", "-c", _RUN_PIP, "install", "--break-system-packages", "--no-user", "--no-input",
+        "--only-binary=:all:", "--root-user-action=ignore", "--progress-bar=off",
+        "--disable-pip-version-check", *words,
+    )  # fmt: skip
 
 
 def _tidy(python: GuestPython, root: Path, recipe: Recipe) -> None:
@@ -191,6 +218,9 @@ def _tidy(python: GuestPython, root: Path, recipe: Recipe) -> None:
     # Where on the host pip's wheel lay concerns nobody.
     for record in python.packages.glob("pip-*.dist-info/direct_url.json"):
         record.unlink()
+    # Of what was named to pip itself: of other packages with a lock than without one
+    for mark in python.packages.glob("*.dist-info/REQUESTED"):
+        mark.unlink()
     for record in python.packages.glob("*.dist-info/RECORD"):
         _renew_record(record, python.packages, bin_directory)
     for pattern in recipe.python.prune:
@@ -221,7 +251,7 @@ def _renew_record(record: Path, packages: Path, bin_directory: Path) -> None:
                 content = path.read_bytes()
                 digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest())
                 row = [row[0], f"sha256={digest.decode().rstrip('=')}", str(len(content))]
-            if path.name != "direct_url.json" or path.is_file():
+            if path.name not in ("direct_url.json", "REQUESTED") or path.is_file():
                 rows.append(row)
     with record.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

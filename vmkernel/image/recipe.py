@@ -1,12 +1,14 @@
 """What a guest is made of: a recipe, read from a small TOML file.
 
-Recipes of the project lie in ``images/`` and are named by their file; one of the user's own is
-named by its path. `image.builder` makes an image of a recipe, the image's manifest keeps the
-recipe, and `vm.template` reads preloads and memory from there. Floor 2.
+Recipes of the project lie in ``images/`` and are named by their file, and so are the user's in
+``~/.config/vmkernel/recipes``; any other is named by its path. `image.builder` makes an image of a
+recipe, the image's manifest keeps the recipe, and `vm.template` reads preloads and memory from
+there. Floor 2.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +17,7 @@ import msgspec
 
 from vmkernel.errors import ImageError
 from vmkernel.resources import resource_dir
+from vmkernel.settings import default_dir
 from vmkernel.values import parse_size, recipe_name
 
 Engine = Literal["python", "relay"]
@@ -68,6 +71,10 @@ class Python(_Strict, frozen=True, kw_only=True):
     """Python distributions, installed by pip from wheels."""
 
     requirements: tuple[Requirement, ...] = ()
+    constraints: tuple[Requirement, ...] = ()
+    """Which versions may be taken of what is required by others, as pip's ``-c``."""
+    hashes: dict[str, tuple[str, ...]] = {}
+    """By a distribution's name (as PEP 503 spells it): those of its files that may be taken."""
     prune: tuple[PrunePattern, ...] = ()
     """Glob patterns below the directory of installed packages: what is left out of the image."""
 
@@ -118,6 +125,8 @@ class Recipe(_Strict, frozen=True, kw_only=True):
         """Whether an image of *other* is one of this recipe, too: the same files are in both."""
         return (
             self.requirements() == other.requirements()
+            and self.python.constraints == other.python.constraints
+            and self.python.hashes == other.python.hashes
             and self.python.prune == other.python.prune
             and self.debian == other.debian
             and set(self.preload) <= set(other.preload)  # which were found there
@@ -135,8 +144,40 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in resource_dir("images").glob("*.toml"))
 
 
+def user_recipes_dir() -> Path:
+    """Where the user's recipes lie: ``NAME.toml``, and the lock of each beside it."""
+    return default_dir("config_dir", os.environ) / "recipes"
+
+
+def user_recipe_names() -> list[str]:
+    """The names of the user's recipes, sorted; those that hide none of the project's."""
+    names = {path.stem for path in user_recipes_dir().glob("*.toml")}
+    return sorted(names - set(recipe_names()))
+
+
+def recipe_path(name_or_path: str | Path) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        ImageError: no recipe has this name.
+    """
+    text = str(name_or_path)
+    if is_recipe_path(text):
+        return Path(text).expanduser()
+    # The name came from a person: "../x" is no name, so it cannot leave the directory.
+    if text in recipe_names():
+        return resource_dir("images") / f"{text}.toml"
+    if text in user_recipe_names():
+        return user_recipes_dir() / f"{text}.toml"
+    raise ImageError(
+        f"There is no recipe {text!r}.",
+        hint=f"the recipes are: {', '.join([*recipe_names(), *user_recipe_names()])}; "
+        "for one of your own give its file: ./NAME.toml",
+    )
+
+
 def load_recipe(name_or_path: str | Path) -> Recipe:
-    """The recipe of this name among the project's own, or in the TOML file at this path.
+    """The recipe of this name, the project's or the user's, or in the TOML file at this path.
 
     Text with a ``/`` in it, or ending in ``.toml``, is a path.
 
@@ -144,18 +185,9 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         ImageError: there is no such recipe, or its file has a mistake; names file and key.
     """
     text = str(name_or_path)
-    if is_recipe_path(text):
-        return _read(Path(text).expanduser())
-    path = resource_dir("images") / f"{text}.toml"
-    # The name came from a person: "../x" is no name, so it cannot leave the directory.
-    if text not in recipe_names():
-        raise ImageError(
-            f"There is no recipe {text!r}.",
-            hint=f"the recipes are: {', '.join(recipe_names())}; "
-            "for one of your own give its file: ./NAME.toml",
-        )
+    path = recipe_path(text)
     recipe = _read(path)
-    if recipe.name != text:
+    if not is_recipe_path(text) and recipe.name != text:
         raise _mistake(path, f"the name is {recipe.name!r}, not that of its file")
     return recipe
 
@@ -200,6 +232,7 @@ def _check(recipe: Recipe, path: Path) -> None:
         ) from error
     if recipe.memory is not None and not 64 <= recipe.memory <= 1024**2:
         raise _mistake(path, f"`memory` is {recipe.memory} MiB; allowed are 64M to 1T")
+    _check_requirements(recipe, path)
     if recipe.engine == "relay" and not any("{connection_file}" in word for word in recipe.argv):
         raise _mistake(path, '`engine = "relay"` needs `argv` with "{connection_file}" in it')
     for found in _LIKE_PLACEHOLDER.findall(recipe.wake_code):
@@ -215,6 +248,24 @@ def _check(recipe: Recipe, path: Path) -> None:
         named = {distribution_name(text) for text in recipe.python.requirements}
         if "ipykernel" not in named:
             raise _mistake(path, "`python.requirements` lacks ipykernel, the engine's base")
+
+
+def _check_requirements(recipe: Recipe, path: Path) -> None:
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    from vmkernel.image.additions import unfit
+
+    for text in (*recipe.python.requirements, *recipe.python.constraints):
+        try:
+            why = unfit(Requirement(text))
+        except InvalidRequirement as error:
+            why = "no requirement (PEP 508): " + " ".join(str(error).partition("\n")[0].split())
+        if why:
+            raise _mistake(path, f"`python` has {text!r}: {why}")
+    for name, hashes in recipe.python.hashes.items():
+        for found in hashes:
+            if not re.fullmatch(r"sha256:[0-9a-f]{64}", found) or distribution_name(name) != name:
+                raise _mistake(path, f"`python.hashes` has {name} = {found!r}, not sha256:…")
 
 
 _PLAIN = Recipe(name="plain")

@@ -24,6 +24,13 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 ROOTFS, KERNEL, INITRD, LOCK = "rootfs.erofs", "vmlinuz", "initrd.base", "lock.txt"
 FILES = (ROOTFS, KERNEL, INITRD, LOCK)
+REQUIREMENTS = "requirements.lock"
+"""Beside them since there are recipes of the user's own: the Python packages' exact versions."""
+
+
+def is_pip_wheel(name: str) -> bool:
+    """Whether this file of an image is its copy of pip, from which others can be made of it."""
+    return name.startswith("pip-") and name.endswith(".whl")
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,6 +85,16 @@ class Image(msgspec.Struct, frozen=True, kw_only=True):
     def lock(self) -> Path:
         """Every package in the image with its version."""
         return self.directory / LOCK
+
+    @property
+    def requirements(self) -> str:
+        """The lock of its Python packages (`image.lock`); "" where it was built without one."""
+        if REQUIREMENTS not in self.manifest.files:
+            return ""
+        try:
+            return (self.directory / REQUIREMENTS).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):  # `verify_image` tells
+            return ""
 
     @property
     def size(self) -> int:

@@ -1,0 +1,58 @@
+"""The versions of an image's Python packages, with the hashes of their wheels.
+
+pip tells what it installed (``--report``), which becomes a file in the format of requirements: one
+that pip reads again and installs nothing else from (``--require-hashes``). Its second line says of
+which requirements and which Python it is the answer. Floor 2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from vmkernel.errors import ImageError
+from vmkernel.image.recipe import Recipe, distribution_name
+
+_HEAD = "# The Python packages of a vmkernel image: versions, and hashes of their wheels\n"
+_FOR = "# for "
+
+
+def question(recipe: Recipe, python: str) -> str:
+    """A hash of what decides the versions: requirements, constraints, the guest's Python."""
+    decides = [recipe.requirements(), recipe.python.constraints, python]
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:32]
+
+
+def make_lock(recipe: Recipe, python: str, report: Path) -> str:
+    """The lock of what pip reported to have installed.
+
+    Raises:
+        ImageError: a wheel is none of those that the recipe allows, or has no hash.
+    """
+    content: dict[str, Any] = json.loads(report.read_bytes())
+    lines = []
+    for item in content["install"]:
+        name, version = item["metadata"]["name"], item["metadata"]["version"]
+        url = item["download_info"]["url"]
+        digest = item["download_info"].get("archive_info", {}).get("hashes", {}).get("sha256", "")
+        if distribution_name(name) == "pip":
+            continue  # Debian's, which each build brings
+        allowed = recipe.python.hashes.get(distribution_name(name))
+        if allowed is not None and f"sha256:{digest}" not in allowed:
+            raise ImageError(
+                f"The wheel of {name} {version} has a hash that is not among those asked for "
+                f"(sha256:{digest}).",
+                hint="was the file exchanged in the index? Or correct the hash where it came from",
+            )
+        if not digest:
+            raise ImageError(f"pip tells no hash of {name} {version}", hint="update vmkernel")
+        what = f"{name} @ {url}" if item.get("is_direct") else f"{name}=={version}"
+        lines.append(f"{what} --hash=sha256:{digest}\n")
+    return f"{_HEAD}{_FOR}{question(recipe, python)}\n" + "".join(sorted(lines, key=str.lower))
+
+
+def answers(lock: str, recipe: Recipe, python: str) -> bool:
+    """Whether *lock* is of this recipe's requirements, for this Python."""
+    return lock.startswith(f"{_HEAD}{_FOR}{question(recipe, python)}\n")
