@@ -137,6 +137,25 @@ def test_what_is_there_is_not_made_again(shared_host: SharedHost) -> None:
     )
 
 
+def test_a_template_that_no_start_can_use_any_more_is_removed(shared_host: SharedHost) -> None:
+    (template,) = (shared_host.store / "templates").iterdir()
+    old = template.with_name("0" * 32)
+    old.mkdir()
+    for file in template.iterdir():
+        (old / file.name).hardlink_to(file)  # the same inodes: it is whole
+    manifest = json.loads((template / "manifest.json").read_text())
+    manifest["inputs"]["guest"] = "an earlier version's"
+    (old / "manifest.json").unlink()
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    for dry_run in (["--dry-run"], []):
+        assert old.is_dir()
+        done = setup(shared_host, *dry_run)
+        assert f"template {old.name}: it was made with another version of vmkernel" in done.stdout
+    assert list(old.parent.iterdir()) == [template]
+    done = shared_host.users[0].cli("image", "verify")
+    assert f"memory template {template.name}: whole" in done.stdout
+
+
 def test_both_run_from_one_template_at_once(
     shared_host: SharedHost, notebooks: list[Notebook]
 ) -> None:
@@ -200,6 +219,19 @@ def test_neither_sees_what_is_the_others(
     ]  # fmt: skip
     assert refused(bob, attempts) == len(attempts)
     assert notebooks[0].run("print(x)") == "1\n"
+
+
+def test_nobodys_workspace_is_anothers(shared_host: SharedHost, notebooks: list[Notebook]) -> None:
+    ann, bob = shared_host.users
+    for user, notebook in zip(shared_host.users, notebooks, strict=True):
+        (user.home / "note.txt").write_text(f"of {user.uid}")
+        os.chown(user.home / "note.txt", user.uid, user.uid)
+        assert notebook.run("print(open('note.txt').read())") == f"of {user.uid}\n"
+    assert "FileNotFoundError" in notebooks[0].run(f"open('{bob.home}/note.txt')")
+    where = ["--recipe", "minimal", "--set", f"workspace_dir={bob.home}"]
+    done = ann.cli("run", *where, "-c", "print(open('note.txt').read())")
+    assert done.returncode != 0
+    assert f"of {BOB}" not in done.stdout
 
 
 def test_nobody_changes_what_all_use(shared_host: SharedHost, notebooks: list[Notebook]) -> None:
@@ -284,7 +316,9 @@ def test_what_is_locked_no_user_changes(shared_host: SharedHost) -> None:
         assert done.returncode == 1
         assert f"{name.lower()!r} may not be changed" in done.stderr
         assert "/etc/vmkernel/config.toml" in done.stderr
-    assert bob.json("settings", VMKERNEL_NETWORK="none")["network"]["value"] == "none"
+    told = bob.json("settings", VMKERNEL_NETWORK="none")
+    assert (told["network"]["value"], told["network"]["locked"]) == ("none", True)
+    assert not told["outputs"]["locked"]
 
 
 def test_who_needs_another_template_is_told_that_he_builds_his_own(

@@ -117,13 +117,18 @@ def verify(names: tuple[str, ...]) -> None:
 
 
 def _verify_templates(settings: Settings) -> int:
-    """How many memory templates are damaged."""
+    """How many memory templates are damaged, the user's and the administrator's."""
+    import msgspec
+
     from vmkernel.cli.output import say_error
     from vmkernel.errors import VmError
     from vmkernel.vm.template import list_templates, verify_template
 
     damaged = 0
-    for directory, template in list_templates(settings):
+    found = list_templates(settings)
+    if settings.shared_dir is not None:
+        found += list_templates(msgspec.structs.replace(settings, cache_dir=settings.shared_dir))
+    for directory, template in found:
         try:
             if isinstance(template, VmError):
                 raise template

@@ -15,22 +15,31 @@ import click
 def settings(as_json: bool, markdown: bool) -> None:
     """Show every setting, its value, and where the value came from."""
     from vmkernel.cli.output import print_json, print_table
-    from vmkernel.settings import load_settings_with_sources
+    from vmkernel.settings import load_settings_with_sources, locked_settings
 
     if markdown:
         click.echo(settings_page(), nl=False)
         return
     loaded, sources = load_settings_with_sources()
+    locked = locked_settings()
     rows = [
         (name, getattr(loaded, name), sources.get(name, "default"))
         for name in loaded.__struct_fields__
     ]
     if as_json:
-        print_json({name: {"value": value, "source": source} for name, value, source in rows})
+        print_json(
+            {
+                name: {"value": value, "source": source, "locked": name in locked}
+                for name, value, source in rows
+            }
+        )
     else:
         print_table(
             ("SETTING", "VALUE", "SOURCE"),
-            [(name, _in_words(value), source) for name, value, source in rows],
+            [
+                (name, _in_words(value), f"{source}{' (locked)' if name in locked else ''}")
+                for name, value, source in rows
+            ],
         )
 
 
