@@ -15,6 +15,7 @@ import psutil
 import pytest
 from kernel_client import Kernel
 
+from network_rig import PackageIndex
 from vmhost import VmHost, seconds_until
 from vmkernel.host.registry import Registry, VmRecord
 
@@ -130,6 +131,24 @@ def test_it_has_what_its_launcher_had(ready: PoolHost, small_spec: str, tmp_path
         assert [vm["notebook"] for vm in shown if vm["kernel_id"]] == ["mine.ipynb"]
     finally:
         kernel.shut_down()
+
+
+def test_a_network_goes_with_the_hand_over(host: PoolHost, small_spec: str) -> None:
+    """It is opened while the kernel waits; the index is that of who takes it."""
+    index = PackageIndex()
+    try:
+        host.fill(small_spec, VMKERNEL_NETWORK="packages")
+        env = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": index.url}
+        kernel = host.kernel(small_spec, VMKERNEL_NETWORK="packages", **env)
+        try:
+            url = "http://packages.vmkernel/simple/vmkpkg/"
+            code = f"import urllib.request as u; print(u.urlopen({url!r}).read().decode())"
+            cell = kernel.run(code)
+            assert index.file in cell.stdout, cell.traceback
+        finally:
+            kernel.shut_down()
+    finally:
+        index.close()
 
 
 def test_twins_from_the_pool_differ(host: PoolHost, small_spec: str) -> None:

@@ -158,7 +158,7 @@ class Proxy:
                 raise Answer(400, "a CONNECT with a body")
             await stream.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
             first = bytearray(link.h11.trailing_data[0])
-            if port == 443 and isinstance(host, str):
+            if port == 443 and isinstance(host, str) and self._policy.mode == "allow":
                 problem = await _greeting_problem(stream, first, host)
                 if problem:
                     self._refuse(where, problem)
@@ -251,24 +251,31 @@ async def _forward(
         (b"Connection", b"close"),
     ]
 
-    async def upload() -> None:
-        while True:
-            event = await link.next()
-            if isinstance(event, h11.EndOfMessage):
-                await server.send(h11.EndOfMessage())  # without trailers
-                return
-            assert isinstance(event, h11.Data)
-            await server.send(event)
-
+    loop = asyncio.get_running_loop()
     sending: asyncio.Future[Any] | None = None
     try:
-        try:
-            await server.send(h11.Request(method=request.method, target=path, headers=headers))
-            sending = asyncio.ensure_future(upload())
-            response = await _final_response(server)
-        except (BrokenError, TimeoutError, h11.LocalProtocolError) as error:
-            raise Answer(502, f"{authority} gave no answer that is one: {error}") from None
-        await relay_response(server, response, link)
+        async with asyncio.timeout(IDLE_SECONDS) as clock:
+
+            def moved() -> None:
+                clock.reschedule(loop.time() + IDLE_SECONDS)
+
+            def give_up(upload: asyncio.Future[Any]) -> None:
+                if not upload.cancelled() and upload.exception() is not None:
+                    writer.transport.abort()  # the server waits for what does not come
+
+            try:
+                request = h11.Request(method=request.method, target=path, headers=headers)
+                await server.send(request)
+                sending = asyncio.ensure_future(_upload(link, server, moved))
+                sending.add_done_callback(give_up)
+                response = await _final_response(server)
+            except (BrokenError, h11.LocalProtocolError) as error:
+                raise Answer(502, f"{authority} gave no answer that is one: {error}") from None
+            await _relay(server, response, link, moved)
+    except TimeoutError:
+        if link.h11.our_state is h11.SEND_RESPONSE:
+            raise Answer(504, f"{authority} did not go on") from None
+        raise BrokenError("the server did not go on") from None
     finally:
         if sending is not None:
             sending.cancel()
@@ -276,17 +283,29 @@ async def _forward(
         writer.close()
 
 
+async def _upload(link: Link, server: Link, moved: Callable[[], None]) -> None:
+    """The request's body to the server."""
+    while True:
+        event = await link.next()
+        moved()
+        if not isinstance(event, h11.Data):
+            await server.send(h11.EndOfMessage())  # without trailers
+            return
+        await server.send(event)
+
+
 async def _final_response(server: Link) -> h11.Response:
     while True:
-        async with asyncio.timeout(IDLE_SECONDS):
-            event = await server.next()
+        event = await server.next()
         if isinstance(event, h11.Response):
             return event
         if not isinstance(event, h11.InformationalResponse) or event.status_code == 101:
             raise BrokenError("it ended without a response")
 
 
-async def relay_response(server: Link, response: h11.Response, link: Link) -> None:
+async def _relay(
+    server: Link, response: h11.Response, link: Link, moved: Callable[[], None]
+) -> None:
     """Pass a response and its body on.  Raises BrokenError: the guest must see the cut."""
     headers = end_to_end(response.headers.raw_items())
     await link.send(
@@ -297,8 +316,8 @@ async def relay_response(server: Link, response: h11.Response, link: Link) -> No
         )
     )
     while True:
-        async with asyncio.timeout(IDLE_SECONDS):
-            event = await server.next()
+        event = await server.next()
+        moved()
         if isinstance(event, h11.EndOfMessage):
             await link.send(h11.EndOfMessage())
             return
