@@ -22,7 +22,8 @@ from vmkernel.host import copies
 from vmkernel.host.copies import Plan, in_words
 from vmkernel.host.guestfiles import GuestFiles, guest_path
 from vmkernel.host.landing import host_errors
-from vmkernel.host.private_names import is_private, is_trap
+from vmkernel.host.private_names import is_private
+from vmkernel.host.workspace_names import is_hidden, is_protected
 from vmkernel.text import plain_text
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Copying:
             source = Path(os.path.realpath(root / _expanded(asked.first), strict=True))
             self._check_private(source, root)
             with copies.opened(source) as fd:
-                plan = await asyncio.to_thread(copies.survey_host, fd, is_private)
+                plan = await asyncio.to_thread(copies.survey_host, fd, _is_private)
                 if self._settings.files == "ask" or not source.is_relative_to(root):
                     await self._agree(
                         cell, f"Copy {_shown(source)} ({_size(plan)}) from this host into the VM?"
@@ -147,7 +148,7 @@ class Copying:
     def _check_private(self, source: Path, root: Path) -> None:
         """Raises VmFileError for what is no guest's business, whoever agrees."""
         below = source.relative_to(root) if source.is_relative_to(root) else source
-        names = [name for name in map(os.fsencode, below.parts) if is_private(name)]
+        names = [name for name in map(os.fsencode, below.parts) if _is_private(name)]
         settings = self._settings
         own: tuple[str | Path, ...] = (
             settings.runtime_dir, settings.state_dir, settings.cache_dir,
@@ -177,7 +178,7 @@ class Copying:
         local = asked.second or os.fsdecode(own_name)
         with host_errors(Path(local)), _below(root, local, own_name) as (parent, name, target):
             call = guest.vm.agent.exchange
-            plan = await copies.survey_guest(call, path, is_trap)
+            plan = await copies.survey_guest(call, path, is_protected)
             copies.check_free(parent, name, plan, asked.force)
             if self._settings.files == "ask":
                 await self._agree(
@@ -269,6 +270,11 @@ def _parse(command: str, arguments: Sequence[str]) -> _Command:
     return _Command(names[0], names[1] if len(names) == 2 else "", force)
 
 
+def _is_private(name: bytes) -> bool:
+    """Whether no guest is given what has this name: less than what a workspace shows."""
+    return is_private(name) or is_hidden(name)
+
+
 def _expanded(local: str) -> str:
     return os.path.expanduser(local) if local == "~" or local.startswith("~/") else local  # noqa: PTH111
 
@@ -332,7 +338,7 @@ def _below(root: Path, local: str, own_name: bytes) -> Iterator[tuple[int, bytes
         )
     parts = target.relative_to(root).parts
     for part in parts:
-        if is_trap(os.fsencode(part)):
+        if is_protected(os.fsencode(part)):
             raise VmFileError(
                 f"The host keeps the name {_shown(part)} to itself: programs here obey such files",
                 hint="choose another name; `vmkernel cp` in a terminal takes any",
