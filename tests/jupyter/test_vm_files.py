@@ -252,26 +252,23 @@ def test_without_asking_a_kernel_copies_so_much_and_no_more(copies: Kernel, here
 
 
 def test_stop_leaves_a_part_that_is_gone_on_with(asks: Kernel, here: Path) -> None:
-    data = os.urandom(1 << 20) * 48
+    data = os.urandom(1 << 20) * 96
     (here / "large.bin").write_bytes(data)
-    seen = False
-    for attempt in range(4):
-        cell = asks.send("%vm put large.bin", allow_stdin=True)
+    found = "[]"
+    for _ in range(5):
+        cell = asks.send("%vm put --force large.bin", allow_stdin=True)
         asks.wait_question(cell)
         asks.raw.input("y")
         asks.wait(lambda cell=cell: "put large.bin" in cell.stderr or cell.done, "progress")  # type: ignore[misc]
         asks.interrupt()
         asks.finish(cell)
-        if cell.status == "ok":
-            break
-        seen = True
-        assert cell.error["ename"] == "KeyboardInterrupt"
         found = asks.run("sorted(n for n in os.listdir() if n.startswith('large'))").result
-        assert re.fullmatch(r"\['large.bin.[0-9a-f]{8}.part'\]", found), found
-        assert attempt < 3
-    assert seen, "the copy was too quick to be interrupted"
-    if cell.status != "ok":
-        cell = answered(asks, "%vm put large.bin", "y")
+        if found != "['large.bin']":  # else it was quicker than the interrupt
+            break
+        asks.run("os.remove('large.bin')")
+    assert cell.error["ename"] == "KeyboardInterrupt"
+    assert re.fullmatch(r"\['large.bin.[0-9a-f]{8}.part'\]", found), found
+    cell = answered(asks, "%vm put large.bin", "y")
     assert re.search(r"\d MiB of it from before", cell.stdout), cell.stdout
     import hashlib
 
