@@ -5,6 +5,7 @@ The second half of script/screenshots. Nothing of the user's is touched but imag
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from io import BytesIO
@@ -37,6 +38,20 @@ def area(width, height):
 print(area(6, 7))"""
 
 
+CSV = """\
+import pandas as pd
+visitors = pd.read_csv("visitors.csv").pivot(index="year", columns="city")["visitors"]
+visitors.plot(figsize=(4.6, 2.1), title="visitors.csv");"""
+RESULT = """\
+growth = visitors.pct_change().dropna().round(3)
+growth.to_csv("growth.csv")"""
+DATA = "city,year,visitors\n" + "".join(
+    f"{city},{year},{first * grows ** (year - 2018):.0f}\n"
+    for city, first, grows in (("Athens", 310, 1.07), ("Oslo", 260, 1.02), ("Turin", 180, 1.12))
+    for year in range(2018, 2026)
+)
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vmkernel-screenshots-") as directory:
         os.environ.update(
@@ -59,7 +74,13 @@ def take(directory: Path) -> None:
     from vmkernel.cli.install import install_kernelspec
 
     install_kernelspec(directory / "data" / "kernels", options={"recipe": "datascience"})
-    (directory / "notebooks").mkdir()
+    spec = directory / "data" / "kernels" / "vmsandbox" / "kernel.json"
+    spec.write_text(
+        json.dumps({**json.loads(spec.read_text()), "env": {"VMKERNEL_WORKSPACE": "rw"}})
+    )
+    (directory / "notebooks" / "trips").mkdir(parents=True)
+    (directory / "notebooks" / "trips" / "visitors.csv").write_text(DATA)
+    (directory / "notebooks" / "holidays.csv").write_text("day\n" * 3000)
     server = LabServer(directory / "notebooks", directory / "lab.log")
     path = chromium_path()
     assert path, "there is no Chromium: script/setup --browser"
@@ -83,6 +104,8 @@ def take(directory: Path) -> None:
             picture(lab, "lab-notebook.png")
             lab.close_notebook()
 
+            files(lab)
+
             notebook = lab.open_notebook("area.ipynb", "vmsandbox")
             debugger = Debugger(lab, notebook)
             debugger.switch_on()
@@ -96,6 +119,28 @@ def take(directory: Path) -> None:
             cell.finish()
     finally:
         server.stop()
+
+
+def files(lab) -> None:
+    """A cell has read a CSV and written another, which the file browser shows."""
+    from playwright.sync_api import expect
+
+    lab.command("application:toggle-left-area")
+    lab.command("filebrowser:go-to-path", path="trips")
+    notebook = lab.open_notebook("trips/visitors.ipynb", "vmsandbox")
+    cell = notebook.run(CSV)
+    expect(cell.box.locator("img[src^='data:image/png']")).to_have_count(1)
+    notebook.run(RESULT)
+    cell = notebook.start("%vm put ../holidays.csv /tmp/")
+    expect(cell.box.locator(".jp-Stdin-input")).to_be_visible()
+    lab.command("filebrowser:refresh")
+    item = lab.page.locator("#filebrowser .jp-DirListing-item").filter(has_text="growth.csv")
+    expect(item).to_be_visible()
+    picture(lab, "lab-files.png")
+    cell.box.locator(".jp-Stdin-input").press("Enter")
+    cell.finish()
+    lab.close_notebook()
+    lab.command("application:toggle-left-area")
 
 
 def picture(lab, name: str) -> None:
