@@ -7,6 +7,7 @@ canary listens on the host's loopback addresses.  The second is inside a VM.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import os
 import socket
@@ -20,6 +21,7 @@ import pytest_asyncio
 
 from network_rig import PASSWORD, Canary, PackageIndex, Rig, Web, pip_variables, say, status
 from vmkernel.network.dial import Dialer, UnreachableError
+from vmkernel.network.pipconfig import read_config
 from vmkernel.network.policy import Policy, RefusedError
 from vmkernel.protocol import mux
 
@@ -236,6 +238,49 @@ async def test_rebinding_gains_nothing(canary: Canary, web: Web) -> None:
     assert canary.connections == before
 
 
+async def test_behind_the_hosts_own_proxy_the_judged_address_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        asked.append(head.split()[1])
+        refused = b"named" in refuse and not head.split()[1].startswith(b"written")
+        writer.write(b"HTTP/1.1 %s X\r\n\r\n" % (b"403" if refused else b"200"))
+        writer.close()
+
+    async def lookup(host: str, port: int) -> list[str]:
+        if "unknown" in host:
+            raise socket.gaierror(socket.EAI_NONAME, "no such name")
+        return ["9.9.9.9"] if "public" in host or "written" in host else ["127.0.0.1"]
+
+    refuse: set[bytes] = set()
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    opened = Dialer(Policy("open"), lookup)
+    listed = Dialer(
+        Policy("allow", ["written.example", "unknown.example", "*.below.example"]), lookup
+    )
+    async with server:
+        await opened.connect("public.example", 443)
+        assert asked == [b"9.9.9.9:443"]  # not the name, which it would look up again
+        for dialer, host in ((opened, "private.example"), (opened, "localhost")):
+            with pytest.raises(RefusedError):
+                await dialer.connect(host, 443)
+        for dialer, host in ((opened, "unknown.example"), (listed, "unknown.below.example")):
+            with pytest.raises((UnreachableError, RefusedError)):
+                await dialer.connect(host, 443)
+        assert asked == [b"9.9.9.9:443"]
+        await listed.connect("unknown.example", 443)  # written out by the host's owner
+        refuse.add(b"named")  # a proxy that lets no addresses through
+        await listed.connect("written.example", 443)
+        assert asked[1:] == [b"unknown.example:443", b"9.9.9.9:443", b"written.example:443"]
+
+
 async def test_a_resolver_that_hangs_or_lies_is_an_error() -> None:
     async def fails(host: str, port: int) -> list[str]:
         raise socket.gaierror(socket.EAI_NONAME, "no such name")
@@ -353,6 +398,25 @@ async def test_a_guest_that_does_not_read_fills_no_memory(tmp_path: Path) -> Non
         big.close()
 
 
+async def test_a_flood_of_streams_that_are_given_up_fills_no_memory(tmp_path: Path) -> None:
+    async with Rig("open", [], tmp_path) as rig:
+        rig.socket.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(rig.socket, rig.marker)
+        async with asyncio.timeout(20):
+            assert await loop.sock_recv(rig.socket, 64)  # it has started
+        before = rig.process.memory_info().rss
+        most = 0
+        flood = b"".join(frame(mux.OPEN, n) + frame(mux.RESET, n) for n in range(1, 60_001))
+        sending = asyncio.ensure_future(loop.sock_sendall(rig.socket, flood))
+        while not sending.done():
+            await asyncio.sleep(0.05)
+            most = max(most, rig.process.memory_info().rss)
+            with contextlib.suppress(BlockingIOError):
+                rig.socket.recv(1 << 20)
+        assert most - before < 32 << 20
+
+
 async def test_a_scan_of_ports_does_not_flood_the_notebook(tmp_path: Path) -> None:
     async with Rig("open", [], tmp_path) as rig:
         for port in range(1, 300):
@@ -450,6 +514,31 @@ async def test_the_gateway_gives_what_an_index_named_and_nothing_else(tmp_path: 
     finally:
         canary.close()
         index.close()
+
+
+def test_what_of_pips_configuration_is_wrong_is_told_and_left_out(tmp_path: Path) -> None:
+    (tmp_path / "wheels").mkdir()
+    with (
+        contextlib.chdir(tmp_path),
+        pip_variables(
+            PIP_INDEX_URL="http://u:hidden@[bad/simple",
+            PIP_EXTRA_INDEX_URL="http://host:port/x https://good.example/simple",
+            PIP_FIND_LINKS="wheels ~nosuchuser/x",
+        ),
+    ):
+        config = read_config()
+    assert [index.url for index in config.indexes] == [
+        "https://good.example/simple", (tmp_path / "wheels").as_uri(),
+    ]  # fmt: skip
+    assert len(config.problems) == 3
+    assert "hidden" not in str(config.problems)
+
+
+async def test_a_package_index_that_cannot_be_understood_is_said(tmp_path: Path) -> None:
+    with pip_variables(PIP_INDEX_URL="http://[bad/simple"):
+        async with Rig("packages", [], tmp_path) as rig:
+            assert status(await rig.get("http://packages.vmkernel/simple/x/")) == 404
+            assert "URL is none" in await rig.until_told("pip's configuration")
 
 
 async def test_the_proxy_sees_no_files_and_starts_no_programs(tmp_path: Path) -> None:

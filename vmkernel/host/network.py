@@ -95,8 +95,11 @@ def network_problem(settings: Settings) -> tuple[str, str]:
         return error.message, error.hint
     from vmkernel.network.pipconfig import read_config
 
-    if settings.network == "packages" and not read_config().indexes:
-        return "pip is configured for no package index here", "pip config list"
+    config = read_config()
+    if config.problems:
+        return config.problems[0], "look at `pip config list`"
+    if settings.network == "packages" and not config.indexes:
+        return "pip is configured for no package index here", "look at `pip config list`"
     return "", ""
 
 
@@ -217,9 +220,10 @@ class Network:
         self._stop_waiting()
         try:
             self._spawn()
-        except (OSError, VmError) as error:
+        except Exception as error:  # whatever it was: the guest's connections wait for a word
             self._broken = True
-            self._say(f"the network is not available: {error}")
+            log.debug("no proxy", exc_info=error)
+            self._say(f"the network is not available: {error}; restart the kernel to try again")
 
     def _spawn(self) -> None:
         from vmkernel.network.pipconfig import read_config

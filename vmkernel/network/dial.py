@@ -2,7 +2,8 @@
 
 A name that resolves to a public address now and to a private one a moment later gains nothing: what
 is connected to is the address that was judged, and nobody looks it up again.  Where the host itself
-needs a proxy (``HTTPS_PROXY`` and friends), that proxy is asked instead.
+needs a proxy (``HTTPS_PROXY`` and friends), that proxy is asked for that address.  Only a name that
+the host's owner has written into `network_allow`, or that a package index uses, may be left to it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vmkernel.network.policy import (
     Policy,
     RefusedError,
     address_problem,
+    is_local_name,
     is_only_here,
 )
 
@@ -59,19 +61,17 @@ class Dialer:
         """A connection, if it may be.  Raises RefusedError, UnreachableError."""
         self._policy.judge(host, port)
         proxy = upstream_proxy("https", str(host))
-        addresses: list[Address] = []
-        if not isinstance(host, str):
-            addresses = [host]
-        else:
-            try:
-                addresses = await self.addresses(host, port)
-            except UnreachableError:
-                if not proxy:  # else that proxy may know the name
-                    raise
+        written = self._policy.has_written(host, port)
+        try:
+            addresses = await self.addresses(host, port)
+        except UnreachableError:
+            if not proxy or not written:
+                raise
+            addresses = []  # a name of the host's owner's own choice, which that proxy may know
         for address in addresses:
             self._policy.judge_address(address, port)
         if proxy:
-            return await connect_through(proxy, str(host), port)
+            return await _through(proxy, addresses, host if written else None, port)
         return await connect_to(addresses, port)
 
     async def connect_beside(self, index: str, host: Host, port: int, proxy: str) -> Connection:
@@ -81,25 +81,30 @@ class Dialer:
         a company's network may keep its files on another machine of it.  ``index``: its host.
         Raises RefusedError, UnreachableError.
         """
-        addresses: list[Address] = []
-        if not isinstance(host, str):
-            addresses = [host]
-        elif not proxy:
+        if isinstance(host, str) and is_local_name(host):
+            raise RefusedError("a name of this machine itself")
+        try:
             addresses = await self.addresses(host, port)
+        except UnreachableError:
+            if not proxy:
+                raise
+            addresses = []  # as pip on the host would
         for address in addresses:
             problem = address_problem(address)
             if problem and (is_only_here(address) or not await self._is_private(index)):
                 raise RefusedError(f"{address} is {problem}")
         if proxy:
-            return await connect_through(proxy, str(host), port)
+            return await _through(proxy, addresses, host, port)
         return await connect_to(addresses, port)
 
     async def _is_private(self, host: str) -> bool:
         addresses = await self.addresses(host.strip("[]"), 0)
         return any(address_problem(address) for address in addresses)
 
-    async def addresses(self, host: str, port: int) -> list[Address]:
-        """What the name resolves to.  Raises UnreachableError."""
+    async def addresses(self, host: Host, port: int) -> list[Address]:
+        """What the name resolves to; an address is its own.  Raises UnreachableError."""
+        if not isinstance(host, str):
+            return [host]
         try:
             async with self._lookups, asyncio.timeout(LOOKUP_SECONDS):
                 found = await self._lookup(host, port)
@@ -108,6 +113,22 @@ class Dialer:
         except (OSError, UnicodeError) as error:
             raise UnreachableError(f"its name was not found ({error})") from None
         return [ipaddress.ip_address(text.partition("%")[0]) for text in found[:MOST_ADDRESSES]]
+
+
+async def _through(
+    proxy: str, addresses: list[Address], host: Host | None, port: int
+) -> Connection:
+    """By the host's own proxy, to an address that was judged.
+
+    ``host``: a name by which it may be asked, too, if it does not let addresses through.
+    """
+    problem = UnreachableError("its name has no address")
+    for target in [*addresses[:1], *([host] if host is not None else [])]:
+        try:
+            return await connect_through(proxy, str(target), port)
+        except UnreachableError as error:
+            problem = error
+    raise problem
 
 
 async def look_up(host: str, port: int) -> list[str]:

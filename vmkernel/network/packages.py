@@ -112,6 +112,8 @@ class Gateway:
 
     async def _page(self, name: str, link: Link, *, json: bool) -> None:
         indexes = self._config.indexes
+        for text in self._config.problems:
+            self._tell("failed", "packages", text)
         if not indexes:
             raise FetchError("pip is configured for no index on the host", 404)
         answers = await asyncio.gather(*(self._files(each, name) for each in indexes))

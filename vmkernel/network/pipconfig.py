@@ -54,6 +54,8 @@ class PipConfig(msgspec.Struct, frozen=True):
     client_cert: str = ""
     trusted_hosts: tuple[str, ...] = ()
     proxy: str = ""
+    problems: tuple[str, ...] = ()
+    """What of it could not be understood, in words"""
 
     def __repr__(self) -> str:  # a password in the proxy's URL is nobody's business
         return f"<PipConfig {self.indexes}>"
@@ -71,14 +73,19 @@ def read_config(environ: Mapping[str, str] | None = None) -> PipConfig:
         if name.startswith("PIP_") and key in _KEYS and value:
             values[key] = value
     indexes: list[Index] = []
+    problems: list[str] = []
     netrc = _netrc(environ)
+    urls: list[tuple[str, bool]] = []
     if values.get("no-index", "").lower() not in ("1", "true", "yes", "on"):
-        urls = [
-            values.get("index-url") or DEFAULT_INDEX,
-            *values.get("extra-index-url", "").split(),
-        ]
-        indexes += [_index(url, netrc) for url in dict.fromkeys(urls)]
-    indexes += [_index(url, netrc, links=True) for url in values.get("find-links", "").split()]
+        urls.append((values.get("index-url") or DEFAULT_INDEX, False))
+        urls += [(url, False) for url in values.get("extra-index-url", "").split()]
+    urls += [(url, True) for url in values.get("find-links", "").split()]
+    for url, links in dict.fromkeys(urls):
+        try:
+            indexes.append(_index(url, netrc, links=links))
+        except (ValueError, RuntimeError, OSError):  # it may hold a password: it is not repeated
+            kind = "find-links" if links else "an index"
+            problems.append(f"pip's configuration on the host names {kind} whose URL is none")
     cert = values.get("cert") or next((environ[name] for name in _BUNDLES if environ.get(name)), "")
     return PipConfig(
         indexes=tuple(indexes),
@@ -86,6 +93,7 @@ def read_config(environ: Mapping[str, str] | None = None) -> PipConfig:
         client_cert=values.get("client-cert", ""),
         trusted_hosts=tuple(values.get("trusted-host", "").split()),
         proxy=values.get("proxy", ""),
+        problems=tuple(problems),
     )
 
 
@@ -131,9 +139,11 @@ def _netrc(environ: Mapping[str, str]) -> Mapping[str, tuple[str, str]]:
 
 
 def _index(url: str, netrc: Mapping[str, tuple[str, str]], *, links: bool = False) -> Index:
-    if url.startswith(("/", "~", ".")):
+    """Raises ValueError, RuntimeError for what is no URL and no path."""
+    if "://" not in url and not url.startswith("file:"):
         return Index(Path(url).expanduser().absolute().as_uri(), links=links)
     parts = urllib.parse.urlsplit(url)
+    _ = parts.port  # a number, or a ValueError
     if parts.scheme == "file":
         return Index(url, links=links)
     user = urllib.parse.unquote(parts.username or "")

@@ -203,6 +203,11 @@ def is_own(address: Address) -> bool:
     return source == address or source.is_loopback
 
 
+def is_local_name(host: str) -> bool:
+    """Whether it is this machine's name for itself (RFC 6761)."""
+    return host == "localhost" or host.endswith(".localhost")
+
+
 class Policy:
     """What the settings `network` and `network_allow` open."""
 
@@ -214,7 +219,7 @@ class Policy:
     def judge(self, host: Host, port: int) -> None:
         """Whether this may be looked up at all.  Raises RefusedError."""
         if isinstance(host, str):
-            if host == "localhost" or host.endswith(".localhost"):
+            if is_local_name(host):
                 raise RefusedError("a name of this machine itself")
             known = any(rule.has_name(host) and rule.has_port(port) for rule in self.rules)
         else:
@@ -230,6 +235,12 @@ class Policy:
             )
         if not isinstance(host, str):
             self.judge_address(host, port)
+
+    def has_written(self, host: Host, port: int) -> bool:
+        """Whether an entry is this very name."""
+        if not isinstance(host, str):
+            return False
+        return any(not r.below and r.has_name(host) and r.has_port(port) for r in self.rules)
 
     def judge_address(self, address: Address, port: int) -> None:
         """Whether this address, which a permitted name has, may be connected to.

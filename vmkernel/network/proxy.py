@@ -64,6 +64,7 @@ class Proxy:
         task = asyncio.get_running_loop().create_task(self._serve(stream))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: stream.release())
 
     async def _serve(self, stream: mux.Stream) -> None:
         """Until the request is done or the guest gave it up."""

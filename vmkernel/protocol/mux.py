@@ -29,10 +29,13 @@ PIECE = 32 << 10
 WINDOW = 256 << 10
 """Bytes of one stream and direction that may be on their way or wait to be taken."""
 MOST_STREAMS = 128
+MOST_SERVED = 2 * MOST_STREAMS
+"""Streams that are being served, those counted that the other side has given up just now."""
 MARKER_SIZE = 16
 HIGH_WATER = 512 << 10
 """Bytes that may wait to be written to the port; who would add to them waits, and so do we."""
 _READ = 64 << 10
+_FRAMES = 1000  # handled in a row
 _READS = 16
 """Reads from the port in a row; then others have their turn."""
 
@@ -112,6 +115,10 @@ class Stream:
             self._mux.send_frame(RESET, self.number)
         self.lose()
 
+    def release(self) -> None:
+        """Whoever served it is done with it."""
+        self._mux.release()
+
     # --- for the mux ---
 
     def lose(self) -> None:
@@ -152,7 +159,9 @@ class Stream:
 
 
 class Mux:
-    """The streams of one port.  ``on_stream``: the other side opened one (on the host's side)."""
+    """The streams of one port.  ``on_stream``: the other side opened one (on the host's side);
+    who serves it calls `release` when he is done.
+    """
 
     def __init__(
         self,
@@ -175,6 +184,9 @@ class Mux:
         self._last = 0  # number of a stream
         self._writing = False
         self._reading = True
+        self._behind = False  # frames have come that were not handled yet
+        self._served = 0  # streams that the other side has opened, until their `release`
+        self._full = False
         self._closed = False
         self._room = asyncio.Event()
         self._room.set()
@@ -250,11 +262,15 @@ class Mux:
         elif not self._outbox and self._writing:
             self._writing = False
             self._loop.remove_writer(self._fd)
+        self._regulate()
+
+    def _regulate(self) -> None:
+        """Read, unless there is a reason to wait."""
         # A peer that sends and does not read makes us keep answers: it has to read first
-        reading = self._unsent <= 2 * HIGH_WATER
-        if reading != self._reading:
-            self._reading = reading
-            if reading:
+        wanted = self._unsent <= 2 * HIGH_WATER and not self._behind and not self._closed
+        if wanted != self._reading:
+            self._reading = wanted
+            if wanted:
                 self._loop.add_reader(self._fd, self._on_readable)
             else:
                 self._loop.remove_reader(self._fd)
@@ -271,37 +287,62 @@ class Mux:
                 self._lose(None)
                 return
             self._inbox += data
+        self._work()
+
+    def release(self) -> None:
+        """Whoever served a stream that the other side opened is done with it."""
+        self._served -= 1
+        if self._full:
+            self._full = False
+            self._loop.call_soon(self._work)
+
+    def _work(self) -> None:
+        """Handle what came, for a turn; the rest in the next one, or when there is room for it."""
+        if self._closed:
+            return
         try:
-            self._take()
+            self._behind = self._take()
         except ProtocolError as error:
             self._lose(error)
+            return
+        if self._behind and not self._full:
+            self._loop.call_soon(self._work)
+        self._regulate()
 
-    def _take(self) -> None:
+    def _take(self) -> bool:
+        """Handle frames; whether some are left for later.  Raises ProtocolError."""
         inbox = self._inbox
         if self._marker is not None:
             place = inbox.find(self._marker)
             if place < 0:
                 del inbox[: -len(self._marker)]
-                return
+                return False
             del inbox[: place + len(self._marker)]
             self._marker = None
-        begin = 0
+        begin = count = 0
         try:
             while len(inbox) - begin >= HEADER.size and not self._closed:
                 kind, number, length = HEADER.unpack_from(inbox, begin)
                 self._check(kind, number, length)
                 end = begin + HEADER.size + length
                 if len(inbox) < end:
-                    break
+                    return False
+                # A stream that was given up counts until who served it has seen that
+                self._full = kind == OPEN and self._served >= MOST_SERVED
+                count += 1
+                if self._full or count > _FRAMES:
+                    return True
                 payload = bytes(memoryview(inbox)[begin + HEADER.size : end])
                 begin = end
                 if kind == OPEN:
                     self._last = number
+                    self._served += 1
                     stream = self.streams[number] = Stream(self, number)
                     assert self._on_stream is not None
                     self._on_stream(stream)
                 elif number in self.streams:  # else it was given up here meanwhile
                     self.streams[number].take(kind, payload)
+            return False
         finally:
             with suppress(BufferError):
                 del inbox[:begin]
