@@ -133,6 +133,7 @@ def test_a_notebooks_secrets(
         "VMKERNEL_ENV": "BY_ENV,ABSENT",
         "VMKERNEL_ENV_FILE": str(planted.file),
         "VMKERNEL_LOG_LEVEL": "debug",
+        "VMKERNEL_NETWORK": "packages",
     }
     if pool:
         # Also he who fills it has the secret
