@@ -62,8 +62,12 @@ def test_an_error_of_ours_is_said_with_what_to_do_and_no_traceback():
 def test_settings_show_value_and_source():
     done = run("settings", "--json", VMKERNEL_VCPUS="3")
     shown = json.loads(done.stdout)
-    assert shown["vcpus"] == {"value": 3, "source": "environment variable VMKERNEL_VCPUS"}
-    assert shown["memory"] == {"value": 2048, "source": "default"}
+    assert shown["vcpus"] == {
+        "value": 3,
+        "source": "environment variable VMKERNEL_VCPUS",
+        "locked": False,
+    }
+    assert shown["memory"] == {"value": 2048, "source": "default", "locked": False}
     line = next(line for line in run("settings").stdout.splitlines() if "queue_timeout" in line)
     assert line.split() == ["queue_timeout", "none", "default"]
 
