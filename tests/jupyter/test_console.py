@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pexpect
 import pytest
@@ -85,6 +86,14 @@ def test_input(terminal: Terminal) -> None:
     terminal.expect(r"Your name\? $")
     terminal.type("Ada")
     assert "Hello Ada" in terminal.type("print('Hello', name)")
+
+
+def test_a_copy_asks_in_the_console(terminal: Terminal, tmp_path: Path) -> None:
+    (tmp_path / "f.txt").write_text("from the host")
+    terminal.child.sendline(f"%vm put {tmp_path}/f.txt")
+    terminal.expect(r"f.txt \(13 bytes\) from this host into the VM\? \[y/N\] $")
+    assert "is in the VM as" in terminal.type("y")
+    assert "from the host" in terminal.type("print(open('f.txt').read())")
 
 
 def test_output_appears_while_the_cell_runs(terminal: Terminal) -> None:

@@ -252,7 +252,7 @@ def test_without_asking_a_kernel_copies_so_much_and_no_more(copies: Kernel, here
 
 
 def test_stop_leaves_a_part_that_is_gone_on_with(asks: Kernel, here: Path) -> None:
-    data = os.urandom(1 << 20) * 96
+    data = os.urandom(1 << 20) * 64
     (here / "large.bin").write_bytes(data)
     found = "[]"
     for _ in range(5):
@@ -292,3 +292,20 @@ def test_wrong_words_are_explained(copies: Kernel) -> None:
 def test_off_is_off(small_spec: str, start_kernel: StartKernel, here: Path) -> None:
     with start_kernel(small_spec, cwd=str(here), env={"VMKERNEL_FILES": "off"}) as kernel:
         assert "%vm put is switched off here" in kernel.run("%vm put a.txt").stderr
+
+
+def test_beside_a_workspace_that_can_only_be_read(
+    small_spec: str, start_kernel: StartKernel, here: Path
+) -> None:
+    """The cell's directory is the host's: a put goes to the user's home, and says so."""
+    (here / "side.txt").write_text("side")
+    env = {"VMKERNEL_FILES": "on", "VMKERNEL_WORKSPACE": "ro"}
+    with start_kernel(small_spec, cwd=str(here), env=env) as kernel:
+        cell = kernel.run("import os\n%vm put side.txt\nos.getcwd(), open('side.txt').read()")
+        assert "side.txt (4 bytes) is in the VM as /home/user/side.txt" in cell.stdout, cell.stderr
+        assert cell.result == repr((str(here), "side"))
+        cell = kernel.run("%vm put side.txt other.txt")
+        assert "the guest's user may not do that" in cell.stderr
+        cell = kernel.run("_ = open('/tmp/o', 'w').write('x')\n%vm get /tmp/o got.txt")
+        assert (here / "got.txt").read_text() == "x"
+        assert kernel.run("open('got.txt').read()").result == "'x'"  # live

@@ -33,7 +33,7 @@ COMPARED = 64 << 10
 RESERVE = 256 << 20
 """Bytes that a copy leaves free on the host's disk."""
 UNSIZED = 1 << 20
-"""Bytes taken of a guest's file that says it has none, as those of /proc do."""
+"""Bytes taken, in one copy, of a guest's files that say they have none, as those of /proc do."""
 LONGEST_NAME = 255
 
 Leave = Callable[[bytes], bool]
@@ -105,6 +105,7 @@ class Copied(NamedTuple):
 class _Progress:
     def __init__(self, plan: Plan, tell: OnProgress | None) -> None:
         self.done = self.resumed = 0
+        self.spare = UNSIZED
         self._total = plan.bytes
         self._tell = tell
 
@@ -433,7 +434,7 @@ async def _fetch(guest: GuestFiles, path: bytes, size: int, fd: int, to: _Progre
         offset = 0
     os.lseek(fd, offset, os.SEEK_SET)
     to.found(offset)
-    most = size or UNSIZED
+    most = size or to.spare
     while offset < most:
         data = await guest.read(path, offset, min(MAX_CHUNK, most - offset))
         if not data and size:
@@ -446,6 +447,8 @@ async def _fetch(guest: GuestFiles, path: bytes, size: int, fd: int, to: _Progre
         await aside(write_all, fd, data)
         offset += len(data)
         to.add(len(data))
+    if not size:
+        to.spare -= offset
 
 
 def _settle(parent: int, part: bytes, name: bytes, replace: bool, is_file: bool) -> None:

@@ -198,7 +198,9 @@ class Copying:
         """Hold what comes without anybody being asked to the limits of a workspace."""
         most_bytes = self._settings.workspace_size << 20
         most_files = self._settings.workspace_files
-        size, files = self._landed[0] + plan.bytes, self._landed[1] + len(plan.items)
+        unsized = copies.UNSIZED if any(item.size == 0 for item in plan.items) else 0
+        size = self._landed[0] + plan.bytes + unsized
+        files = self._landed[1] + len(plan.items)
         if size > most_bytes or files > most_files:
             raise VmFileError(
                 f"this kernel may copy {in_words(most_bytes)} and {most_files} files to the host "
