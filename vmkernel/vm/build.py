@@ -182,7 +182,7 @@ class _Boot:
     async def __aenter__(self) -> _Boot:
         try:
             await self.vm.attach(self._console, self._settings.console_log_size << 20)
-            await answer_mount(self._workspace)
+            self._answers = await answer_mount(self._workspace)
         except BaseException:
             await self.vm.close()  # __aexit__ is not called
             raise
@@ -191,6 +191,7 @@ class _Boot:
     async def __aexit__(self, *failure: object) -> None:
         for stage in self._stages.values():
             stage.cancel()
+        self._answers.close()  # first: asyncio would know the socket's number for that of another
         await self.vm.close()
         if failure[0] is None:
             shutil.rmtree(self._console.parent, ignore_errors=True)

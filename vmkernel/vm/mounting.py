@@ -42,6 +42,7 @@ def answer(request: memoryview) -> bytes:
     return sftp.status(number, sftp.FAILURE)
 
 
-async def answer_mount(sock: socket.socket) -> None:
-    """Answer on this socket, as long as it is there; it becomes the transport's."""
-    await asyncio.get_running_loop().create_connection(_Answers, sock=sock)
+async def answer_mount(sock: socket.socket) -> asyncio.BaseTransport:
+    """Answer on this socket until the transport is closed, which has to be before the socket is."""
+    transport, _ = await asyncio.get_running_loop().create_connection(_Answers, sock=sock)
+    return transport
