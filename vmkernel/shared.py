@@ -50,17 +50,21 @@ def distrust(path: Path) -> str:
     """
     try:
         # On the way as it is written, and as it is without links
-        ways = {path, Path(os.path.realpath(path))}
-        for way in ways:
-            for place in (way, *way.parents):
-                if problem := _problem(place, place.lstat(), leaf=place in ways):
+        for way in {os.fspath(path), os.path.realpath(path)}:
+            place = way
+            while True:
+                found = os.lstat(place)  # noqa: PTH116 - as cheap as can be
+                if problem := _problem(place, found, leaf=place == way):
                     return problem
+                if place == (above := os.path.dirname(place)):  # noqa: PTH120
+                    break
+                place = above
     except OSError as error:
         return f"{error.filename}: {error.strerror}"
     return ""
 
 
-def _problem(place: Path, found: os.stat_result, *, leaf: bool) -> str:
+def _problem(place: str, found: os.stat_result, *, leaf: bool) -> str:
     if found.st_uid not in (0, os.geteuid()):
         return f"{place} belongs to user id {found.st_uid}, neither root nor you"
     if stat.S_ISLNK(found.st_mode):

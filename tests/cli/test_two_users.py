@@ -340,6 +340,24 @@ def doctor(user: User, **env: str) -> list[dict[str, Any]]:
     return checks
 
 
+def test_a_template_that_is_damaged_is_nobodys(shared_host: SharedHost) -> None:
+    bob = shared_host.users[1]
+    (template,) = (shared_host.store / "templates").iterdir()
+    state = template / "state"
+    times, whole = (state.stat().st_atime_ns, state.stat().st_mtime_ns), state.read_bytes()
+    for damage in (lambda: state.chmod(0o400), lambda: state.write_bytes(bytes(len(whole)))):
+        try:
+            damage()
+            os.utime(state, ns=times)
+            checks = {check["name"]: check for check in doctor(bob)}
+            assert checks["template"]["state"] == "note", checks["template"]
+        finally:
+            state.write_bytes(whole)
+            state.chmod(0o444)
+            os.utime(state, ns=times)
+    assert {check["name"]: check for check in doctor(bob)}["template"]["state"] == "ok"
+
+
 def test_nobody_waits_in_tmp_for_anothers_sockets(shared_host: SharedHost) -> None:
     ann, bob = shared_host.users
     trap = Path(f"/tmp/vmkernel-{BOB}")

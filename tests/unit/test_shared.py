@@ -290,6 +290,22 @@ def test_no_image_is_taken_from_a_place_that_others_may_write_to(
         find_image("theirs", settings)
 
 
+def test_an_image_or_file_that_others_may_write_to_is_not_taken(
+    place: Path, tmp_path: Path
+) -> None:
+    settings = Settings(images_dir=tmp_path / "own", shared_dir=place)
+    put_image(place / "images" / "theirs", "shared")
+    rootfs = place / "images" / "theirs" / "rootfs.erofs"
+    rootfs.chmod(0o666)
+    with pytest.raises(ImageError, match=r"others may write to rootfs\.erofs"):
+        find_image("theirs", settings)
+    rootfs.chmod(0o644)
+    find_image("theirs", settings)
+    rootfs.parent.chmod(0o777)
+    with pytest.raises(ImageError, match="There is no image 'theirs'"):
+        find_image("theirs", settings)
+
+
 def test_all_users_agree_on_the_clocks_frequency(tmp_path: Path) -> None:
     ours = host_tsc_khz(tmp_path / "own")
     place = tmp_path / "shared"

@@ -121,6 +121,7 @@ def find_image(name: str, settings: Settings) -> Image:
     else:
         hint_name = name
     directory = _directory_of(name, settings)
+    shared = settings.shared_dir is not None and directory.parent != settings.images_dir
     build = f"vmkernel image build {hint_name}"
     try:
         content = (directory / MANIFEST).read_bytes()
@@ -149,11 +150,17 @@ def find_image(name: str, settings: Settings) -> Image:
         )
     for file, record in manifest.files.items():
         try:
-            size = os.stat(directory / file).st_size  # noqa: PTH116 - as cheap as can be
+            found = os.stat(directory / file)  # noqa: PTH116 - as cheap as can be
         except OSError as error:
             raise _damaged(name, file, f"cannot be read ({error.strerror})", build) from error
-        if size != record.size:
-            raise _damaged(name, file, f"has {size} bytes instead of {record.size}", build)
+        if found.st_size != record.size:
+            how = f"has {found.st_size} bytes instead of {record.size}"
+            raise _damaged(name, file, how, build)
+        if shared and (found.st_mode & 0o022 or found.st_uid not in (0, os.geteuid())):
+            raise ImageError(
+                f"The image {name!r} is not taken from {directory}: others may write to {file}.",
+                hint=f"have the administrator mend it (chmod 644), or build your own: {build}",
+            )
     return Image(name=name, directory=directory, manifest=manifest)
 
 
@@ -161,10 +168,10 @@ def _directory_of(name: str, settings: Settings) -> Path:
     """The user's own image, where there is one; else the administrator's, if he built it."""
     own = settings.images_dir / name
     if settings.shared_dir is not None and not os.path.lexists(own):
-        from vmkernel.shared import shared_images
+        from vmkernel.shared import distrust, shared_images
 
         shared = shared_images(settings)
-        if shared is not None and os.path.lexists(shared / name):
+        if shared is not None and not distrust(shared / name):
             return shared / name
     return own
 

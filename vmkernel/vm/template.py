@@ -175,6 +175,10 @@ class Template:
             ) from error
         return fd
 
+    def has_its_state(self) -> bool:
+        """Whether the device state is the one that was saved.  Raises OSError."""
+        return sha256_sparse(self.directory / "state") == self.manifest.files["state"].sha256
+
     def open_state(self) -> int:
         """A copy of the device state in memory, to be loaded by a clone, as a descriptor.
 
@@ -185,7 +189,7 @@ class Template:
         with suppress(OSError):
             os.utime(self.directory / "used")  # for prune()
         data = path.read_bytes()
-        if sha256_sparse(path) != self.manifest.files["state"].sha256:
+        if not self.has_its_state():
             with suppress(OSError):
                 os.utime(path)  # what `_load` sees
             raise TemplateError(
@@ -239,9 +243,13 @@ def _find_shared(key: str, settings: Settings) -> Template | None:
     if directory is None or distrust(directory / key):
         return None
     try:
-        return _load(directory / key, shared=True)
-    except TemplateError:
+        template = _load(directory / key, shared=True)
+        # What is damaged can be told by the one who may write there only (`Template.open_state`)
+        if template is not None and not template.has_its_state():
+            return None
+    except (TemplateError, OSError):
         return None
+    return template
 
 
 def _load(directory: Path, *, shared: bool = False) -> Template | None:
@@ -268,6 +276,8 @@ def _load(directory: Path, *, shared: bool = False) -> Template | None:
                 raise ValueError(f"{name} is not the file that was built")
             if shared and (found.st_mode & 0o022 or found.st_uid not in (0, os.geteuid())):
                 raise ValueError(f"others may write to {name}")
+            if shared and not os.access(directory / name, os.R_OK):
+                raise ValueError(f"{name} is not readable")
     except (msgspec.MsgspecError, OSError, ValueError, KeyError) as error:
         raise TemplateError(
             f"the template {directory} is damaged: {error}",
