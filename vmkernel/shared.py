@@ -53,7 +53,7 @@ def distrust(path: Path) -> str:
         for way in {os.fspath(path), os.path.realpath(path)}:
             place = way
             while True:
-                found = os.lstat(place)  # noqa: PTH116 - as cheap as can be
+                found = os.lstat(place)
                 if problem := _problem(place, found, leaf=place == way):
                     return problem
                 if place == (above := os.path.dirname(place)):  # noqa: PTH120
