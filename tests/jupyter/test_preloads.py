@@ -333,7 +333,8 @@ def recipe(session_dir: Path, minimal_image: str) -> Recipes:
 
 
 async def _run(host: VmHost, code: str) -> Any:
-    async with RunningVm(host.settings()) as vm:
+    # With a network: its port is a clone's whose template was made by this very process
+    async with RunningVm(host.settings(VMKERNEL_NETWORK="packages")) as vm:
         return await vm.run(code)
 
 

@@ -183,8 +183,8 @@ class Network:
             messages.OpenNetwork(self._marker), (_authorities(self._settings),), CALL_SECONDS
         )
         if not self._closed:
-            self._waiting = True
             asyncio.get_running_loop().add_reader(self._port, self._start)
+            self._waiting = True
 
     async def close(self) -> None:
         """End the proxy."""
@@ -381,7 +381,9 @@ def enclosure(bwrap: str, filter_fd: int, config: PipConfig) -> list[str]:
     shown += [os.environ.get(name, "") for name in ("SSL_CERT_FILE", "SSL_CERT_DIR")]
     for path in dict.fromkeys(shown):
         for each in dict.fromkeys((path, os.path.realpath(path))):
-            if each.startswith("/") and each != "/" and not each.startswith("/usr/"):
+            if each in ("", "/") or each.startswith("/usr/"):
+                continue
+            if each.startswith("/") and os.access(each, os.R_OK):  # bwrap ends at what it cannot
                 command += ["--ro-bind-try", each, each]
     for device in ("/dev/null", "/dev/urandom"):
         command += ["--dev-bind", device, device]
