@@ -287,6 +287,9 @@ def test_wrong_words_are_explained(copies: Kernel) -> None:
         ("get /dev/null", "neither a file nor a directory"),
     ):
         assert words in copies.run(f"%vm {line}").stderr, line
+    cell = copies.run("get_ipython().run_line_magic('vm', 'get \\ud800')")  # no UTF-8
+    assert cell.stderr or cell.error["ename"]
+    assert copies.run("1 + 1").result == "2"
 
 
 def test_off_is_off(small_spec: str, start_kernel: StartKernel, here: Path) -> None:

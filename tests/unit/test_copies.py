@@ -232,6 +232,19 @@ async def test_no_more_lands_than_was_told(guest: Guest, here: Path) -> None:
     assert not (here / "g").exists()
 
 
+async def test_what_is_left_out_counts_too(
+    guest: Guest, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a guest could list links for ever."""
+    (guest.home / "d").mkdir()
+    for number in range(30):
+        (guest.home / "d" / str(number)).symlink_to("/nowhere")
+    plan = copies.Plan(1 << 20, 20)
+    monkeypatch.setattr(copies, "Plan", lambda *_: plan)
+    with pytest.raises(VmFileError, match="more than 20 files"):
+        await get(guest, "d", here, "d")
+
+
 async def test_the_disk_keeps_some_room(
     guest: Guest, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -111,17 +111,15 @@ async def _reached(vm: str) -> AsyncGenerator[Call, None]:
 
 
 async def _put(call: Call, local: Path, path: str, progress: OnProgress) -> tuple[Copied, str]:
-    import asyncio
-
     from vmkernel.host import copies
     from vmkernel.host.guestfiles import GuestFiles, guest_path
-    from vmkernel.host.landing import host_errors
+    from vmkernel.host.landing import aside, host_errors
 
     name = local.absolute().name
     if not path or path.endswith("/"):
         path += name
     with host_errors(local), copies.opened(Path(os.path.realpath(local, strict=True))) as fd:
-        plan = await asyncio.to_thread(copies.survey_host, fd, _all, MAX_BYTES)
+        plan = await aside(copies.survey_host, fd, _all, MAX_BYTES)
         there = await GuestFiles(call).look(guest_path(path)) if plan.is_file else None
         if there is not None and there.kind == "directory":
             path = f"{path.rstrip('/')}/{name}"

@@ -74,15 +74,24 @@ class Plan:
 
     def add(self, item: Item) -> None:
         """One more.  Raises VmFileError: a limit."""
-        most, files = self._limits
+        most = self._limits[0]
         self.items.append(item)
         self.bytes += item.size or 0
         if self.bytes > most:
-            raise _over(item, f"more than {in_words(most)}")
+            raise _over(item.parts, f"more than {in_words(most)}")
+        self._check(item.parts)
+
+    def skip(self, parts: tuple[bytes, ...]) -> None:
+        """One that is left out, and told.  Raises VmFileError: a limit."""
+        self.skipped.append(os.fsdecode(b"/".join(parts)))
+        self._check(parts)
+
+    def _check(self, parts: tuple[bytes, ...]) -> None:
+        files = self._limits[1]
         if len(self.items) + len(self.skipped) > files:
-            raise _over(item, f"more than {files} files and directories")
-        if len(item.parts) > MAX_DEPTH:
-            raise _over(item, f"more than {MAX_DEPTH} directories deep")
+            raise _over(parts, f"more than {files} files and directories")
+        if len(parts) > MAX_DEPTH:
+            raise _over(parts, f"more than {MAX_DEPTH} directories deep")
 
     def part_of(self, name: bytes) -> bytes:
         """What a copy of this is called until it is whole."""
@@ -127,8 +136,8 @@ def in_words(size: int) -> str:
     return f"{size} bytes" if size != 1 else "1 byte"
 
 
-def _over(item: Item, what: str) -> VmFileError:
-    where = shown(b"/".join(item.parts)) if item.parts else "it"
+def _over(parts: tuple[bytes, ...], what: str) -> VmFileError:
+    where = shown(b"/".join(parts)) if parts else "it"
     return VmFileError(f"At {where} it is {what}", hint="copy less at once")
 
 
@@ -184,7 +193,7 @@ def _survey(fd: int, above: tuple[bytes, ...], plan: Plan, leave: Leave) -> None
         found = os.stat(name, dir_fd=fd, follow_symlinks=False)
         is_directory = stat.S_ISDIR(found.st_mode)
         if leave(name) or not (is_directory or stat.S_ISREG(found.st_mode)):
-            plan.skipped.append(os.fsdecode(b"/".join(parts)))
+            plan.skip(parts)
             continue
         plan.add(_item(parts, found))
         if is_directory:
@@ -305,7 +314,7 @@ async def _survey_guest(
     while True:
         for entry in page.entries:
             if leave(entry.name) or entry.kind not in ("file", "directory"):
-                plan.skipped.append(os.fsdecode(b"/".join((*above, entry.name))))
+                plan.skip((*above, entry.name))
             else:
                 size = entry.size if entry.kind == "file" else None
                 item = Item((*above, entry.name), entry.mode, size, entry.modified)

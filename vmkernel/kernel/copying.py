@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from vmkernel.errors import VmError, VmFileError
 from vmkernel.host import copies
 from vmkernel.host.copies import Plan, in_words
 from vmkernel.host.guestfiles import GuestFiles, guest_path
-from vmkernel.host.landing import host_errors
+from vmkernel.host.landing import aside, host_errors
 from vmkernel.host.private_names import is_private
 from vmkernel.host.workspace_names import is_hidden, is_protected
 from vmkernel.text import plain_text
@@ -38,8 +39,12 @@ USAGE = {
     "get": "%vm get [--force] PATH [LOCAL]",
 }
 YES = ("y", "yes")
+LONGEST_SHOWN = 200
+"""Characters of a path in a question, which are not to push the question out of sight."""
 SHOW_AFTER = 0.5
 """Seconds after which, and in whose intervals, a copy's progress is shown."""
+
+_PLAIN = re.compile(r"[\w./~+@%,:=-]+")
 
 Show = Callable[["Exchange", str], None]
 """show(cell, text): into the cell's output, in the host's name"""
@@ -121,12 +126,12 @@ class Copying:
     # --- into the guest ---
 
     async def _put(self, asked: _Command, place: Place, guest: Guest, cell: Exchange) -> str:
-        root = Path(os.path.realpath(os.getcwd()))  # noqa: PTH109
         with host_errors(Path(asked.first)):
+            root = Path(os.path.realpath(os.getcwd()))  # noqa: PTH109
             source = Path(os.path.realpath(root / _expanded(asked.first), strict=True))
             self._check_private(source, root)
             with copies.opened(source) as fd:
-                plan = await asyncio.to_thread(copies.survey_host, fd, _is_private)
+                plan = await aside(copies.survey_host, fd, _is_private)
                 if self._settings.files == "ask" or not source.is_relative_to(root):
                     await self._agree(
                         cell, f"Copy {_shown(source)} ({_size(plan)}) from this host into the VM?"
@@ -174,9 +179,8 @@ class Copying:
     async def _get(self, asked: _Command, place: Place, guest: Guest, cell: Exchange) -> str:
         path = guest_path(_in_guest(asked.first, place)).rstrip(b"/") or b"/"
         own_name = path.rpartition(b"/")[2]
-        root = Path(os.path.realpath(os.getcwd()))  # noqa: PTH109
         local = asked.second or os.fsdecode(own_name)
-        with host_errors(Path(local)), _below(root, local, own_name) as (parent, name, target):
+        with host_errors(Path(local)), _below(local, own_name) as (parent, name, target):
             call = guest.vm.agent.exchange
             plan = await copies.survey_guest(call, path, is_protected)
             copies.check_free(parent, name, plan, asked.force)
@@ -297,7 +301,9 @@ def _target(path: str, name: bytes, place: Place) -> bytes:
 def _shown(path: str | Path) -> str:
     """A path for a question or an answer: one line, nothing in it that a front end would obey."""
     text = plain_text(str(path)).replace("\n", "?").replace("\t", "?")
-    return f"'{text}'" if text != str(path) or " " in text or "'" in text else text
+    if len(text) > LONGEST_SHOWN:
+        text = f"{text[: LONGEST_SHOWN // 2]}…{text[-LONGEST_SHOWN // 2 :]}"
+    return text if text == str(path) and _PLAIN.fullmatch(text) else repr(text)
 
 
 def _size(plan: Plan) -> str:
@@ -323,12 +329,13 @@ def _of_jupyter() -> list[str]:
 
 
 @contextmanager
-def _below(root: Path, local: str, own_name: bytes) -> Iterator[tuple[int, bytes, Path]]:
+def _below(local: str, own_name: bytes) -> Iterator[tuple[int, bytes, Path]]:
     """The directory that a copy goes to, its name there, and the path of both for people.
 
-    Raises VmFileError for a place that is not below ``root`` or has a name that is refused, and
-    OSError; nothing on the way may be a link.
+    Raises VmFileError for a place that is not below the working directory or has a name that is
+    refused, and OSError; nothing on the way may be a link.
     """
+    root = Path(os.path.realpath(os.getcwd()))  # noqa: PTH109
     text = os.path.normpath(root / _expanded(local))
     target = Path(text)
     if local.endswith("/") or (target.is_dir() and not target.is_symlink()):

@@ -90,6 +90,9 @@ class Questions:
                 reply = {"status": "ok", "text": await known[0](request.arguments)}
         except VmError as error:
             reply = _error(error.explain())
+        except Exception as error:  # whoever asks waits for an answer
+            log.exception("%%vm %s failed", request.command)
+            reply = _error(f"vmkernel failed in a way it should not: {error!r}")
         try:
             empty = msgspec.Raw(b"{}")
             body = msgspec.Raw(messages.encode_json(reply))
