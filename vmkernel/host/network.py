@@ -392,15 +392,19 @@ def enclosure(bwrap: str, filter_fd: int, config: PipConfig) -> list[str]:
 
 def _python() -> list[str]:
     """Where the interpreter, its library and our packages lie."""
-    import h11
+    from importlib.util import find_spec  # only to be found: this process has no use for them
 
     places = [sys.prefix, sys.base_prefix, os.path.realpath(sys.executable)]
-    places += [str(Path(str(module.__file__)).parents[1]) for module in (h11, msgspec)]
+    for name in ("h11", "msgspec"):
+        found = find_spec(name)
+        if found is None or found.origin is None:
+            raise VmError(f"the Python package {name} is missing", hint="install vmkernel again")
+        places.append(str(Path(found.origin).parents[1]))
     return [*places, str(_PROGRAM.parents[1])]
 
 
 def _of_pip(config: PipConfig) -> list[str]:
-    from vmkernel.network.packages import directory_of, roots_of
+    from vmkernel.network.pipconfig import directory_of, roots_of
 
     places = [config.cert, config.client_cert]
     for index in config.indexes:

@@ -40,6 +40,7 @@ from vmkernel.network.dial import (
     upstream_proxy,
 )
 from vmkernel.network.http import BrokenError, Headers, Link, header
+from vmkernel.network.pipconfig import directory_of, roots_of
 from vmkernel.network.policy import GATEWAY, RefusedError, parse_target
 from vmkernel.network.simple import File, PageError
 from vmkernel.protocol import mux
@@ -367,20 +368,6 @@ def _bare(url: str) -> str:
 
 
 # --- indexes on this host's disk ---
-
-
-def directory_of(index: Index) -> Path:
-    """The directory of a ``file:`` index."""
-    path = Path(urllib.parse.unquote(urllib.parse.urlsplit(index.url).path))
-    return path.parent if index.links and path.suffix in (".html", ".htm") else path
-
-
-def roots_of(index: Index) -> Path:
-    """Below what its files have to lie: see the module's docstring."""
-    directory = directory_of(index)
-    if not index.links and directory.name == "simple" and len(directory.parts) > 2:
-        directory = directory.parent
-    return directory.resolve()
 
 
 def _local_files(index: Index, name: str) -> list[File]:

@@ -103,6 +103,20 @@ def host_bundle(environ: Mapping[str, str] | None = None) -> str:
     return next((path for path in (config.cert, *_SYSTEM_BUNDLES) if os.path.isfile(path)), "")  # noqa: PTH113
 
 
+def directory_of(index: Index) -> Path:
+    """The directory of a ``file:`` index."""
+    path = Path(urllib.parse.unquote(urllib.parse.urlsplit(index.url).path))
+    return path.parent if index.links and path.suffix in (".html", ".htm") else path
+
+
+def roots_of(index: Index) -> Path:
+    """Below what its files have to lie: see `network.packages`."""
+    directory = directory_of(index)
+    if not index.links and directory.name == "simple" and len(directory.parts) > 2:
+        directory = directory.parent
+    return directory.resolve()
+
+
 def _files(environ: Mapping[str, str]) -> list[Path]:
     home = Path(environ.get("HOME") or os.path.expanduser("~"))  # noqa: PTH111
     own = environ.get("PIP_CONFIG_FILE", "")
