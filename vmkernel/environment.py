@@ -14,10 +14,10 @@ from pathlib import Path
 
 from vmkernel.errors import SettingsError
 
-LARGEST_FILE = 1 << 20
+LARGEST_FILE = 256 << 10
 """Bytes of an ``env_file``."""
-LARGEST_ALL = 4 << 20
-"""Bytes of all that a guest is given, names and values."""
+LARGEST_ALL = 64 << 10
+"""Bytes of all that a guest is given: it lies in a socket's buffer before its QEMU reads any."""
 NAME = "[A-Za-z_][A-Za-z0-9_]*"
 
 # What a process of ours needs of an environment: programs, places, words, our own settings.
@@ -121,9 +121,11 @@ def given(
             variables[name] = environ[name]
         elif name not in variables:
             missing.append(name)
-    if sum(len(name) + len(value) for name, value in variables.items()) > LARGEST_ALL:
+    import msgspec  # not on the way of every start; as it will be sent
+
+    if len(msgspec.json.encode(dict(variables))) > LARGEST_ALL:
         raise SettingsError(
-            f"The variables for the guest have more than {LARGEST_ALL >> 20} MiB",
+            f"The variables for the guest have more than {LARGEST_ALL >> 10} KiB",
             hint="give it a file (docs/files.md) instead of the longest",
         )
     return variables, missing
@@ -161,7 +163,7 @@ def read_file(path: Path) -> Variables:
         ) from error
     if len(data) > LARGEST_FILE:
         raise SettingsError(
-            f"The file of variables {path} has more than {LARGEST_FILE >> 20} MiB",
+            f"The file of variables {path} has more than {LARGEST_FILE >> 10} KiB",
             hint="is it the right file? It is to hold lines of NAME=value",
         )
     try:

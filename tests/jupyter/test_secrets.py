@@ -223,6 +223,9 @@ def test_a_file_that_others_may_read_is_told_in_the_cell(
         assert "others may read or change it" in error["evalue"]
         assert planted.found(str(error).encode()) == []
         planted.file.chmod(0o600)  # mended, the next cell has it
+        with planted.file.open("a") as file:
+            file.write(f"LONG={'x' * 60_000}\n")  # as much as there may be, almost
         assert kernel.run(HASHES).stdout == planted.hashes("BY_FILE")
+        assert kernel.run("len(os.environ['LONG'])").result == "60000"
     finally:
         kernel.shut_down()

@@ -149,7 +149,7 @@ def test_the_file_is_its_owners_alone(file: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="No such file"):
         read_file(tmp_path / "none")
     file.write_bytes(b"A=" + b"x" * LARGEST_FILE)
-    with pytest.raises(SettingsError, match="more than 1 MiB"):
+    with pytest.raises(SettingsError, match="more than 256 KiB"):
         read_file(file)
 
 
@@ -167,8 +167,9 @@ def test_what_is_given(file: Path) -> None:
     assert found == {"A": "1", "TOKEN": "mine"}
     assert missing == ["GONE"]
     assert environment.given(("TOKEN",), file, {}) == ({"TOKEN": SECRET}, [])
-    with pytest.raises(SettingsError, match="more than 4 MiB"):
-        environment.given(("A",), None, {"A": "x" * (5 << 20)})
+    for value in ("x" * (64 << 10), "\1" * (11 << 10)):  # which is sent as \u0001
+        with pytest.raises(SettingsError, match="more than 64 KiB"):
+            environment.given(("A",), None, {"A": value})
 
 
 def test_values_are_in_nothing_that_is_shown(file: Path) -> None:

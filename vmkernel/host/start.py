@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vmkernel import trace
+from vmkernel.environment import Variables
 from vmkernel.errors import (
     ImageError,
     VmBootError,
@@ -460,7 +461,7 @@ def environment(label: Label, settings: Settings) -> dict[str, str]:
 
         check(settings)
         env = env | guest_variables(settings)
-    return env
+    return Variables(env)
 
 
 def workspace_of(label: Label, settings: Settings) -> Choice:
