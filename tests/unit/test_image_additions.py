@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,9 +17,12 @@ from hypothesis import strategies as st
 from vmkernel.errors import ImageError
 from vmkernel.image.additions import Added, read
 from vmkernel.image.derive import derive, recipe_toml, save
-from vmkernel.image.lock import answers, make_lock
+from vmkernel.image.lock import answers, check_lock, make_lock
 from vmkernel.image.pipwords import explain_failure, missing_requirement
 from vmkernel.image.recipe import Python, Recipe, load_recipe, user_recipe_names
+from vmkernel.image.reuse import find_donor, note_built
+from vmkernel.image.store import FILES, FORMAT, FileRecord, Manifest
+from vmkernel.settings import load_settings
 
 SHA, OTHER = "sha256:" + 64 * "a", "sha256:" + 64 * "b"
 
@@ -330,6 +335,12 @@ def test_a_lock_is_of_its_requirements_only(tmp_path: Path) -> None:
     lock = make_lock(recipe, "3.13", report)
     assert lock.splitlines()[2:] == [f"Six==1.17 --hash={SHA}"]
     assert answers(lock, recipe, "3.13")
+    check_lock(lock)
+    check_lock(lock + f"foo @ https://h/foo-1-py3-none-any.whl --hash={SHA}\n")
+    for line in ("--index-url https://h", "-e .", "foo", "foo==1", f"foo==1 --hash={SHA} -i x",
+                 f"foo @ file:///x --hash={SHA}", f"foo==1 \\\n--hash={SHA}"):  # fmt: skip
+        with pytest.raises(ImageError, match="line 4"):
+            check_lock(f"{lock}{line}\n")
     assert not answers(lock, recipe, "3.14")
     assert not answers(lock, Recipe(name="x", python=Python(requirements=("six>1",))), "3.13")
     other = Recipe(
@@ -391,3 +402,27 @@ def test_who_required_what_is_missing() -> None:
     ]
     assert missing_requirement(said) == "gone"
     assert "(required by a)" in explain_failure(said)[0]
+
+
+def test_only_an_image_that_was_built_here_is_taken_apart(tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path), "VMKERNEL_IMAGES_DIR": str(tmp_path / "images")}
+    own = load_settings(environ=environ)
+    recipe = load_recipe("minimal")
+    directory = own.images_dir / "given"
+    directory.mkdir(parents=True)
+    files = [*FILES, "pip-25.1.1-py3-none-any.whl"]
+    for name in files:
+        (directory / name).write_bytes(b"x")
+    manifest = Manifest(
+        format=FORMAT, recipe=recipe, kernel_release="6", python_version="3.13.5",
+        debian_suite="trixie", created="2026",
+        files=dict.fromkeys(files, FileRecord(size=1, sha256="")),
+    )  # fmt: skip
+    (directory / "manifest.json").write_bytes(msgspec.json.encode(manifest))
+    assert find_donor(recipe, own) is None  # it came from elsewhere
+    note_built(directory, own)
+    found = find_donor(recipe, own)
+    assert found is not None or shutil.which("fsck.erofs") is None
+    other = msgspec.structs.replace(manifest, created="2027")
+    (directory / "manifest.json").write_bytes(msgspec.json.encode(other))
+    assert find_donor(recipe, own) is None  # another in its place

@@ -24,7 +24,7 @@ from vmkernel.image.additions import Added
 from vmkernel.image.derive import derive
 from vmkernel.image.python import GuestPython, install_packages
 from vmkernel.image.recipe import load_recipe
-from vmkernel.image.reuse import pip_wheel_of, take_tree
+from vmkernel.image.reuse import note_built, pip_wheel_of, take_tree
 from vmkernel.image.store import Image, find_image
 from vmkernel.image.tools import Tools
 from vmkernel.settings import Settings, load_settings
@@ -84,6 +84,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, minimal_image: str) -> Itera
     there = find_image(minimal_image, load_settings())
     place = Place(tmp_path_factory.mktemp("add"))
     (place.images / minimal_image).symlink_to(there.directory)
+    note_built(there.directory, place.settings())
     index = place.index
     index.add("vmk-answer", "1.0", code="value = 41\n")
     index.add(

@@ -26,9 +26,9 @@ from vmkernel.errors import ImageError
 from vmkernel.image import debian, python, store
 from vmkernel.image.apt import Mirrors, host_mirrors
 from vmkernel.image.initrd import ModuleTree, build_initrd, parse_module_list
-from vmkernel.image.lock import answers
+from vmkernel.image.lock import answers, check_lock
 from vmkernel.image.recipe import Recipe
-from vmkernel.image.reuse import PYTHON_PART, ReusedTree, find_donor, take_tree
+from vmkernel.image.reuse import PYTHON_PART, ReusedTree, find_donor, note_built, take_tree
 from vmkernel.image.store import FORMAT, Image
 from vmkernel.image.tools import ToolFailed, Tools, require_tools
 from vmkernel.resources import resource_dir
@@ -98,6 +98,8 @@ def build_image(
                     _build(plan, work, tools, progress)
             progress("putting the image in place", 0.99)
             _put_in_place(work / "image", settings.images_dir / recipe.name)
+            if twin is None:
+                note_built(settings.images_dir / recipe.name, settings)
         except OSError as error:
             raise _no_space(error, settings) from error
         finally:
@@ -169,6 +171,7 @@ def _build(plan: _Plan, work: Path, tools: Tools, progress: Progress) -> None:
     if lock and not answers(lock, recipe, interpreter.version):
         progress("the lock is of other requirements: versions are chosen anew", 0.45)
         lock = ""
+    check_lock(lock)  # it may come from somebody else
     advance = part("Python packages", 0.45, 0.60)
     environment = interpreter.environment()
     # The standard library is compiled while pip waits for the network.

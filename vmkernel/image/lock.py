@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ from vmkernel.image.recipe import Recipe, distribution_name
 
 _HEAD = "# The Python packages of a vmkernel image: versions, and hashes of their wheels\n"
 _FOR = "# for "
+_LINE = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*(?:==[A-Za-z0-9.!+_-]+| @ https://[^\s\\]+)"
+    r" --hash=sha256:[0-9a-f]{64}"
+)
 
 
 def question(recipe: Recipe, python: str) -> str:
@@ -51,6 +56,20 @@ def make_lock(recipe: Recipe, python: str, report: Path) -> str:
         what = f"{name} @ {url}" if item.get("is_direct") else f"{name}=={version}"
         lines.append(f"{what} --hash=sha256:{digest}\n")
     return f"{_HEAD}{_FOR}{question(recipe, python)}\n" + "".join(sorted(lines, key=str.lower))
+
+
+def check_lock(lock: str) -> None:
+    """See that there is nothing in it but versions: pip would obey options, too.
+
+    Raises:
+        ImageError: there is; names the line.
+    """
+    for number, line in enumerate(lock.splitlines(), 1):
+        if line and not line.startswith("#") and not _LINE.fullmatch(line):
+            raise ImageError(
+                f"The lock has a mistake in line {number}: it is not NAME==VERSION --hash=sha256:…",
+                hint="correct it, or choose versions anew with --update",
+            )
 
 
 def answers(lock: str, recipe: Recipe, python: str) -> bool:

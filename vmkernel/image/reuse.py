@@ -3,11 +3,17 @@
 Of the donor's files only what Debian's packages brought is taken: ``/usr/local``, where pip
 installed, is emptied, so that nothing of its Python packages runs on the host or gets into the new
 image. pip itself comes from the copy of Debian's wheel that each image has beside its root file
-system, where no package could have written. Floor 2, under `image.builder`.
+system, where no package could have written.
+
+Still, what is taken runs on the host: the guest's interpreter and libraries, and pip. An image that
+came from elsewhere is safe to start, and would not be safe to build on. So only one that was built
+here, by this user (a list in ``state_dir``), or by the administrator for all, is a donor. Floor 2,
+under `image.builder`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -22,6 +28,7 @@ from vmkernel.settings import Settings
 
 PYTHON_PART = "# Python distributions"
 """Where in an image's list of packages those of Debian end."""
+_BUILT = "images-built"
 
 
 class ReusedTree:
@@ -51,9 +58,31 @@ def find_donor(recipe: Recipe, settings: Settings) -> Image | None:
         and image.recipe.debian == recipe.debian
         and image.manifest.debian_suite == SUITE
         and pip_wheel_of(image)
+        and (store.is_shared(image, settings) or _is_ours(image, settings))
     ]
     # The newest has the fewest holes in it
     return max(found, key=lambda image: image.manifest.created, default=None)
+
+
+def note_built(directory: Path, settings: Settings) -> None:
+    """Remember that the image in *directory* was built here."""
+    with contextlib.suppress(OSError):  # the next build takes longer
+        path = settings.state_dir / _BUILT
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(path, flags, 0o600)
+        try:
+            os.write(descriptor, store.sha256_of(directory / store.MANIFEST).encode() + b"\n")
+        finally:
+            os.close(descriptor)
+
+
+def _is_ours(image: Image, settings: Settings) -> bool:
+    try:
+        built = (settings.state_dir / _BUILT).read_text(encoding="ascii").split()
+        return store.sha256_of(image.directory / store.MANIFEST) in built
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def pip_wheel_of(image: Image) -> str:
