@@ -83,6 +83,8 @@ class Guest:
         self._env = dict(env)
         self.cwd = cwd
         """The workspace, in which guest kernels work; "" for none"""
+        self.notice = ""
+        """What is to be said in the first cell; once"""
         self._on_output = on_output
         self._on_kernel_death = on_kernel_death
         self._on_end = on_end
@@ -150,6 +152,9 @@ class Guest:
         """
         if request.msg_type == "execute_request":
             self._last_cell = request.msg_id
+            if self.notice:
+                notice, self.notice = self.notice, ""
+                self.tell(notice)
         port = self.vm.control if while_busy else self.vm.kernel
         port.send(messages.encode_json(request), buffers)
 

@@ -240,6 +240,7 @@ class VmStart:
                 oddities=self.oddities,
                 cwd=started.workspace.path,
             )
+            guest.notice = self.workspace.notice
             console = log_dir(self.settings, self.vm_id) / "console.log"
             await guest.vm.attach(console, self.settings.console_log_size << 20)
             await guest.vm.load(self.settings.start_timeout)
@@ -340,12 +341,13 @@ class VmStart:
                 with suppress(VmError):  # told already, or of no interest now
                     await recorder.written()
 
-    def choose_workspace(self) -> None:
+    def choose_workspace(self, guest: Guest) -> None:
         """Of a VM that waited: the workspace of the kernel that it was assigned to.
 
         Raises SettingsError.  :meth:`show_workspace` comes next.
         """
         self.workspace = workspace_of(self.label, self.settings)
+        guest.cwd, guest.notice = self.workspace.path, self.workspace.notice
 
     async def show_workspace(self, guest: Guest) -> None:
         """Have the guest see the workspace; without one that works it goes on without."""
@@ -364,6 +366,7 @@ class VmStart:
         except (OSError, VmGuestError) as error:
             self.workspace = Choice(None, str(error))
             self._recorder.changed(workspace=self.workspace.in_words)
+            guest.cwd, guest.notice = "", self.workspace.notice
             gate, self.gate = self.gate, None
             if gate is not None:
                 gate.close()

@@ -67,6 +67,14 @@ class Choice(msgspec.Struct, frozen=True):
         return self.share.path if self.share is not None else ""
 
     @property
+    def notice(self) -> str:
+        """What the first cell is told where there is none, though one was to be."""
+        if not self.problem:
+            return ""
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"vmkernel: the host's files are not seen here: {self.problem}{hint}\n"
+
+    @property
     def in_words(self) -> str:
         """For `%vm` and `ps`."""
         if self.share is not None:

@@ -457,7 +457,7 @@ class Gate(asyncio.Protocol):
     def _realpath(self, number: int, packet: sftp.Packet) -> None:
         path = bytes(packet.string())
         packet.end()
-        place = () if path in (b".", b"") else self._checked(path)
+        place = () if path == b"." else self._checked(path)
         words = (_WORD.pack(1), sftp.string(_encode(place)), sftp.string(b""))
         self._reply(sftp.packet(sftp.NAME, number, *words, sftp.Attributes().encode()))
 

@@ -363,8 +363,7 @@ class GuestSupply:
             start = self._start
             async with asyncio.TaskGroup() as group:
                 if start is not None:
-                    start.choose_workspace()
-                    guest.cwd = start.workspace.path
+                    start.choose_workspace(guest)
                     group.create_task(start.show_workspace(guest))
                 group.create_task(guest.set_environment(env, timeout))
                 group.create_task(guest.vm.agent.call(messages.SetClock(time.time_ns()), timeout))
