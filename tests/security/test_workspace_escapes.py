@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from sftp_client import Guest, attributes, s, word
 
-from vmkernel.host import workspace_gate, workspace_server
+from vmkernel.host import workspace_gate, workspace_requests, workspace_server
 from vmkernel.host.workspace import Share, choose
 from vmkernel.protocol import sftp
 from vmkernel.settings import load_settings
@@ -437,8 +437,10 @@ async def test_the_quota_on_bytes(rw: Guest, place: Place) -> None:
     assert (place.inside / "big").stat().st_size == 1_000_000
     for size in (2 << 20, 1 << 50, (1 << 64) - 1):
         assert (await rw.ask(sftp.FSETSTAT, s(opened.text), attributes(size=size))).code in DENIED
-    far = await rw.ask(sftp.WRITE, s(opened.text), struct.pack(">Q", 1 << 62), s(b"x"))
-    assert far.code in DENIED
+    for end in ((1 << 20) + 1, 1 << 40, 1 << 62):
+        far = await rw.ask(sftp.WRITE, s(opened.text), struct.pack(">Q", end), s(b"x"))
+        assert far.code in DENIED
+    assert (place.inside / "big").stat().st_size == 1_000_000
     assert any("workspace_size" in line for line in rw.told)
 
 
@@ -565,7 +567,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize("name", MALFORMED)
 async def test_malformed_packets_are_refused_one_by_one(rw: Guest, name: str) -> None:
-    for kind in sorted(workspace_gate._REQUESTS):
+    for kind in sorted(workspace_requests._REQUESTS):
         answer = await rw.ask(kind, MALFORMED[name])
         assert answer.code in (*DENIED, sftp.BAD_MESSAGE) or (
             kind == sftp.REALPATH and answer.kind == sftp.NAME
@@ -588,6 +590,29 @@ async def test_a_stream_that_is_none_ends_the_workspace_and_its_server(
     with pytest.raises(ConnectionResetError):
         await rw.ask(sftp.LSTAT, s(b"/ws"))
     assert rw.gate.server_pid == 0
+
+
+async def test_a_guest_that_begins_anew_is_cut_off(rw: Guest) -> None:
+    """A server for each INIT would keep its owner busy for ever."""
+    assert await rw.read(b"/ws/data.csv") == b"a,b\n"
+    for _ in range(1000):
+        rw.writer.write(struct.pack(">IBI", 5, sftp.INIT, 3))
+        last = rw.send(sftp.LSTAT, s(b"/ws/data.csv"))
+    with pytest.raises(ConnectionResetError):
+        async with asyncio.timeout(10):
+            await last
+    assert rw.gate.statistics.servers == 1
+    assert rw.gate.server_pid == 0
+
+
+async def test_servers_are_not_started_without_end(rw: Guest) -> None:
+    for _ in range(2 * workspace_gate.MOST_STARTS):
+        await rw.ask(sftp.LSTAT, s(b"/ws/data.csv"))
+        if pid := rw.gate.server_pid:
+            os.kill(pid, signal.SIGKILL)
+            while rw.gate.server_pid == pid:
+                await asyncio.sleep(0.01)
+    assert rw.gate.statistics.servers <= workspace_gate.MOST_STARTS
 
 
 async def test_a_flood_is_slowed_and_remembered_by_nobody(rw: Guest) -> None:

@@ -32,15 +32,19 @@ MS_RDONLY = 1  # mount(2)
 OPTIONS = (
     "passive",  # its connection is stdin and stdout
     "allow_other",
-    "default_permissions",
-    # What is saved on the host is seen at once: nothing is remembered of names and attributes, and
-    # what was read of a file is forgotten when it is opened anew
+    # Without default_permissions: what may be read the server decides, who is the host's user, and
+    # Linux need not ask for the permissions of each directory on the way
+    #
+    # What is saved on the host is seen at once: no name is remembered, so whoever opens or looks
+    # for a file has its attributes fresh, and what was read of it is forgotten when it is opened
+    # anew.  Only who has a file open, and asks for its attributes, may be told what they were
     "dir_cache=no",
     "entry_timeout=0",
     "negative_timeout=0",
-    "attr_timeout=0",
+    "attr_timeout=0.2",
     # They are followed in here, where the path is the same as on the host; the host follows none
     "no_contain_symlinks",
+    "no_rofd_flush",  # what was opened for reading has nothing to write back
     "max_conns=1",
 )
 

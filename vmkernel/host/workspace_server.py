@@ -127,7 +127,12 @@ class ServerProcess:
                 setsigdef=_ALL_SIGNALS,
                 file_actions=actions,
             )
-            self.pidfd = os.pidfd_open(self.pid)
+            try:
+                self.pidfd = os.pidfd_open(self.pid)
+            except BaseException:  # nobody would ever end it
+                os.kill(self.pid, 9)
+                os.waitpid(self.pid, 0)
+                raise
         except BaseException:
             self.sock.close()
             os.close(self._words)

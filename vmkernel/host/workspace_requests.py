@@ -1,0 +1,479 @@
+"""What a guest asks of its workspace, request by request: judged, and put anew for the server.
+
+Where it stands: `host.workspace_gate` cuts the guest's stream into packets and has the server;
+here each packet is taken apart, `host.workspace_policy` is asked, and what goes on to the server,
+and what comes back of its answer, is made anew.
+"""
+
+from __future__ import annotations
+
+import stat
+import struct
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from vmkernel.errors import ProtocolError
+from vmkernel.host.workspace import Place
+from vmkernel.host.workspace_policy import Policy, RefusedError
+from vmkernel.protocol import sftp
+
+MOST_READ = 128 << 10
+"""Bytes that one request may read: an answer may come short."""
+
+_WORD = struct.Struct(">I")
+_HANDLE = struct.Struct(">II")
+
+
+class Link(Protocol):
+    """What the requests need of the gate."""
+
+    root: sftp.Attributes
+    """The workspace's own, as they were"""
+    looking: bool
+    """Whether a file is looked at before it is opened: what comes next must not overtake it"""
+
+    @property
+    def has_server(self) -> bool:
+        """Whether one runs."""
+
+    def reply(self, answer: bytes) -> None:
+        """To the guest."""
+
+    def send(
+        self,
+        number: int,
+        kind: int,
+        expected: tuple[int, ...],
+        then: Callable[[memoryview], bytes | None],
+        *parts: bytes,
+    ) -> None:
+        """To the server; ``then`` makes of its answer, of an ``expected`` kind, the guest's.
+
+        Where that is None, another request has taken its place.  Raises RefusedError.
+        """
+
+
+class _Handle(msgspec.Struct):
+    server: bytes
+    kind: int
+    """What the request was that opened it: OPEN or OPENDIR."""
+    writable: bool
+    place: Place
+    limit: int
+    """How long the file may become."""
+
+
+class Requests:
+    """One guest's requests, and its handles."""
+
+    def __init__(self, policy: Policy, link: Link) -> None:
+        self._policy = policy
+        self._link = link
+        self._generation = 0
+        self._handles: dict[int, _Handle] = {}
+        self._next_handle = 0
+
+    @property
+    def handles(self) -> int:
+        """How many are open."""
+        return len(self._handles)
+
+    def serve(self, kind: int, number: int, packet: sftp.Packet) -> None:
+        """One request.  Raises RefusedError, ProtocolError."""
+        handler = _REQUESTS.get(kind)
+        if handler is None:
+            raise RefusedError(sftp.UNSUPPORTED)
+        handler(self, number, packet)
+
+    def forget(self) -> None:
+        """The server is gone, and its handles with it."""
+        self._handles.clear()
+        self._generation = (self._generation + 1) & 0xFFFFFFFF
+
+    def _open(self, number: int, packet: sftp.Packet) -> None:
+        place = self._policy.path(packet)
+        flags, attributes = packet.number(), packet.attributes()
+        packet.end()
+        writes = flags & ~sftp.PFLAG_READ
+        if flags & ~0x3F or not flags & (sftp.PFLAG_READ | sftp.PFLAG_WRITE):
+            raise ProtocolError("flags that mean nothing")
+        if writes:
+            self._policy.may_write(place)
+        mode = self._policy.mode(attributes)
+        given = sftp.Attributes(mode=mode) if flags & sftp.PFLAG_CREATE else sftp.Attributes()
+        target = _encode(place)
+        size = 0
+
+        def opened(answer: memoryview) -> bytes | None:
+            if answer[0] != sftp.HANDLE:
+                return _status_for(number, answer)
+            limit = size + self._policy.share.size
+            return self._new_handle(number, answer, sftp.OPEN, bool(writes), place, limit)
+
+        def looked(answer: memoryview) -> bytes | None:
+            nonlocal size
+            self._link.looking = False
+            if answer[0] == sftp.ATTRS:
+                fields = sftp.Packet(answer)
+                fields.number()
+                there = fields.attributes()
+                found, size = there.mode or 0, there.size or 0
+                if not stat.S_ISREG(found):
+                    code = sftp.FAILURE if stat.S_ISDIR(found) else sftp.PERMISSION_DENIED
+                    return sftp.status(number, code)
+            elif not (_code(answer) == sftp.NO_SUCH_FILE and flags & sftp.PFLAG_CREATE):
+                return _status_for(number, answer)
+            elif not self._policy.room_for_file():
+                return sftp.status(number, sftp.BROKEN)
+            else:
+                self._policy.statistics.files += 1
+            self._link.send(
+                number, sftp.OPEN, (sftp.HANDLE, sftp.STATUS), opened,
+                sftp.string(target), _WORD.pack(flags), given.encode(),
+            )  # fmt: skip
+            return None
+
+        self._link.send(number, sftp.LSTAT, (sftp.ATTRS, sftp.STATUS), looked, sftp.string(target))
+        self._link.looking = True
+
+    def _close(self, number: int, packet: sftp.Packet) -> None:
+        key, handle = self._handle(packet)
+        packet.end()
+        del self._handles[key]
+        self._send_status(number, sftp.CLOSE, sftp.string(handle.server))
+
+    def _read(self, number: int, packet: sftp.Packet) -> None:
+        _, handle = self._handle(packet, sftp.OPEN)
+        offset, size = packet.long(), min(packet.number(), MOST_READ)
+        packet.end()
+
+        def read(answer: memoryview) -> bytes:
+            if answer[0] == sftp.STATUS:
+                return _status_for(number, answer)
+            fields = sftp.Packet(answer)
+            fields.number()
+            data = fields.string()
+            fields.end()
+            if len(data) > size:
+                raise ProtocolError("more than was asked for")
+            return sftp.packet(sftp.DATA, number, sftp.string(data))
+
+        self._link.send(
+            number, sftp.READ, (sftp.DATA, sftp.STATUS), read,
+            sftp.string(handle.server), struct.pack(">QI", offset, size),
+        )  # fmt: skip
+
+    def _write(self, number: int, packet: sftp.Packet) -> None:
+        _, handle = self._handle(packet, sftp.OPEN)
+        offset, data = packet.long(), packet.string()
+        packet.end()
+        if not handle.writable:
+            raise RefusedError(sftp.PERMISSION_DENIED)
+        self._policy.count_bytes(offset + len(data), len(data), handle.limit)
+        self._send_status(
+            number, sftp.WRITE, sftp.string(handle.server), struct.pack(">Q", offset),
+            sftp.string(data),
+        )  # fmt: skip
+
+    def _lstat(self, number: int, packet: sftp.Packet, kind: int = sftp.LSTAT) -> None:
+        place = self._policy.path(packet)
+        packet.end()
+        if not place and not self._link.has_server:  # to enter a directory is not to use it
+            self._link.reply(sftp.packet(sftp.ATTRS, number, self._link.root.encode()))
+            return
+        self._send_attributes(number, kind, sftp.string(_encode(place)))
+
+    def _stat(self, number: int, packet: sftp.Packet) -> None:
+        self._lstat(number, packet, sftp.STAT)
+
+    def _fstat(self, number: int, packet: sftp.Packet) -> None:
+        _, handle = self._handle(packet)
+        packet.end()
+        self._send_attributes(number, sftp.FSTAT, sftp.string(handle.server))
+
+    def _setstat(self, number: int, packet: sftp.Packet) -> None:
+        place = self._policy.path(packet)
+        attributes = packet.attributes()
+        packet.end()
+        self._policy.may_write(place)
+        self._send_status(
+            number,
+            sftp.SETSTAT,
+            sftp.string(_encode(place)),
+            self._policy.changes(attributes, self._policy.share.size),
+        )
+
+    def _fsetstat(self, number: int, packet: sftp.Packet) -> None:
+        _, handle = self._handle(packet, sftp.OPEN)
+        attributes = packet.attributes()
+        packet.end()
+        self._policy.may_write(handle.place)
+        self._send_status(
+            number,
+            sftp.FSETSTAT,
+            sftp.string(handle.server),
+            self._policy.changes(attributes, handle.limit),
+        )
+
+    def _opendir(self, number: int, packet: sftp.Packet) -> None:
+        place = self._policy.path(packet)
+        packet.end()
+
+        def opened(answer: memoryview) -> bytes:
+            if answer[0] != sftp.HANDLE:
+                return _status_for(number, answer)
+            return self._new_handle(number, answer, sftp.OPENDIR, False, place)
+
+        self._link.send(
+            number, sftp.OPENDIR, (sftp.HANDLE, sftp.STATUS), opened, sftp.string(_encode(place))
+        )
+
+    def _readdir(self, number: int, packet: sftp.Packet) -> None:
+        _, handle = self._handle(packet, sftp.OPENDIR)
+        packet.end()
+
+        def read(answer: memoryview) -> bytes | None:
+            if answer[0] == sftp.STATUS:
+                return _status_for(number, answer)
+            fields = sftp.Packet(answer)
+            fields.number()
+            entries = []
+            for _ in range(fields.number()):
+                name, _, attributes = bytes(fields.string()), fields.string(), fields.attributes()
+                if b"/" in name or b"\0" in name or not name:
+                    raise ProtocolError("a name that is none")
+                if name in (b".", b"..") or not self._policy.is_hidden_place((*handle.place, name)):
+                    entries += [sftp.string(name), sftp.string(b""), _seen(attributes).encode()]
+            fields.end()
+            if not entries:  # nothing of this part is to be seen: the next
+                self._link.send(
+                    number, sftp.READDIR, (sftp.NAME, sftp.STATUS), read,
+                    sftp.string(handle.server),
+                )  # fmt: skip
+                return None
+            return sftp.packet(sftp.NAME, number, _WORD.pack(len(entries) // 3), *entries)
+
+        self._link.send(
+            number, sftp.READDIR, (sftp.NAME, sftp.STATUS), read, sftp.string(handle.server)
+        )
+
+    def _remove(self, number: int, packet: sftp.Packet, kind: int = sftp.REMOVE) -> None:
+        place = self._policy.path(packet)
+        packet.end()
+        self._policy.may_write(place)
+
+        def removed(answer: memoryview) -> bytes:
+            if _code(answer) == sftp.OK:
+                self._policy.made_nothing()
+            return _status_for(number, answer)
+
+        self._link.send(number, kind, (sftp.STATUS,), removed, sftp.string(_encode(place)))
+
+    def _rmdir(self, number: int, packet: sftp.Packet) -> None:
+        self._remove(number, packet, sftp.RMDIR)
+
+    def _mkdir(self, number: int, packet: sftp.Packet) -> None:
+        place = self._policy.path(packet)
+        attributes = packet.attributes()
+        packet.end()
+        self._policy.may_write(place)
+        given = sftp.Attributes(mode=self._policy.mode(attributes))
+        self._policy.count_file()
+        self._send_new(number, sftp.MKDIR, sftp.string(_encode(place)), given.encode())
+
+    def _realpath(self, number: int, packet: sftp.Packet) -> None:
+        path = bytes(packet.string())
+        packet.end()
+        place = () if path == b"." else self._policy.checked(path)
+        words = (_WORD.pack(1), sftp.string(_encode(place)), sftp.string(b""))
+        self._link.reply(sftp.packet(sftp.NAME, number, *words, sftp.Attributes().encode()))
+
+    def _rename(self, number: int, packet: sftp.Packet, extension: bytes = b"") -> None:
+        old, new = self._policy.path(packet), self._policy.path(packet)
+        packet.end()
+        for place in (old, new):
+            self._policy.may_write(place)
+            if any(hidden[: len(place)] == place for hidden in self._policy.share.hidden):
+                raise RefusedError(sftp.PERMISSION_DENIED)
+        names = (sftp.string(_encode(old)), sftp.string(_encode(new)))
+        if extension:
+            self._send_status(number, sftp.EXTENDED, sftp.string(extension), *names)
+        else:
+            self._send_status(number, sftp.RENAME, *names)
+
+    def _readlink(self, number: int, packet: sftp.Packet) -> None:
+        place = self._policy.path(packet)
+        packet.end()
+
+        def read(answer: memoryview) -> bytes:
+            if answer[0] == sftp.STATUS:
+                return _status_for(number, answer)
+            fields = sftp.Packet(answer)
+            fields.number()
+            if fields.number() != 1:
+                raise ProtocolError("not one link's target")
+            words = (_WORD.pack(1), sftp.string(fields.string()), sftp.string(b""))
+            return sftp.packet(sftp.NAME, number, *words, sftp.Attributes().encode())
+
+        self._link.send(
+            number, sftp.READLINK, (sftp.NAME, sftp.STATUS), read, sftp.string(_encode(place))
+        )
+
+    def _symlink(self, number: int, packet: sftp.Packet) -> None:
+        target, place = bytes(packet.string()), self._policy.path(packet)  # OpenSSH's order
+        packet.end()
+        self._policy.may_write(place)
+        self._policy.check_target(target)
+        self._policy.count_file()
+        self._send_new(number, sftp.SYMLINK, sftp.string(target), sftp.string(_encode(place)))
+
+    def _extended(self, number: int, packet: sftp.Packet) -> None:
+        name = bytes(packet.string())
+        if name == sftp.POSIX_RENAME:
+            self._rename(number, packet, name)
+        elif name == sftp.HARDLINK:
+            old, new = self._policy.path(packet), self._policy.path(packet)
+            packet.end()
+            self._policy.may_write(old)
+            self._policy.may_write(new)
+            self._policy.count_file()
+            names = (sftp.string(_encode(old)), sftp.string(_encode(new)))
+            self._send_new(number, sftp.EXTENDED, sftp.string(name), *names)
+        elif name == sftp.STATVFS:
+            place = self._policy.path(packet)
+            packet.end()
+            self._send_raw(number, sftp.string(name), sftp.string(_encode(place)))
+        elif name == sftp.FSTATVFS:
+            _, handle = self._handle(packet)
+            packet.end()
+            self._send_raw(number, sftp.string(name), sftp.string(handle.server))
+        elif name == sftp.FSYNC:
+            _, handle = self._handle(packet, sftp.OPEN)
+            packet.end()
+            self._send_status(number, sftp.EXTENDED, sftp.string(name), sftp.string(handle.server))
+        else:
+            raise RefusedError(sftp.UNSUPPORTED)
+
+    def _handle(self, packet: sftp.Packet, kind: int = 0) -> tuple[int, _Handle]:
+        given = packet.string()
+        if len(given) != _HANDLE.size:
+            raise RefusedError(sftp.BROKEN, "no such handle")
+        generation, key = _HANDLE.unpack(given)
+        handle = self._handles.get(key)
+        if generation != self._generation or handle is None:
+            raise RefusedError(sftp.BROKEN, "no such handle")
+        if kind and handle.kind != kind:
+            raise RefusedError(sftp.BROKEN, "a handle of another kind")
+        return key, handle
+
+    def _new_handle(
+        self,
+        number: int,
+        answer: memoryview,
+        kind: int,
+        writable: bool,
+        place: Place,
+        limit: int = 0,
+    ) -> bytes:
+        fields = sftp.Packet(answer)
+        fields.number()
+        value = bytes(fields.string())
+        fields.end()
+        self._next_handle = (self._next_handle + 1) & 0xFFFFFFFF
+        key = self._next_handle
+        self._handles[key] = _Handle(value, kind, writable, place, limit)
+        return sftp.packet(sftp.HANDLE, number, sftp.string(_HANDLE.pack(self._generation, key)))
+
+    def _send_status(self, number: int, kind: int, *parts: bytes) -> None:
+        def answered(answer: memoryview) -> bytes:
+            return _status_for(number, answer)
+
+        self._link.send(number, kind, (sftp.STATUS,), answered, *parts)
+
+    def _send_new(self, number: int, kind: int, *parts: bytes) -> None:
+        """A request that makes something: it was counted, which is taken back where it failed."""
+
+        def made(answer: memoryview) -> bytes:
+            if _code(answer) != sftp.OK:
+                self._policy.made_nothing()
+            return _status_for(number, answer)
+
+        self._link.send(number, kind, (sftp.STATUS,), made, *parts)
+
+    def _send_attributes(self, number: int, kind: int, *parts: bytes) -> None:
+        def answered(answer: memoryview) -> bytes:
+            if answer[0] == sftp.STATUS:
+                return _status_for(number, answer)
+            fields = sftp.Packet(answer)
+            fields.number()
+            attributes = fields.attributes()
+            fields.end()
+            return sftp.packet(sftp.ATTRS, number, _seen(attributes).encode())
+
+        self._link.send(number, kind, (sftp.ATTRS, sftp.STATUS), answered, *parts)
+
+    def _send_raw(self, number: int, *parts: bytes) -> None:
+        """A question about the file system, whose answer has eleven numbers."""
+
+        def answered(answer: memoryview) -> bytes:
+            if answer[0] == sftp.STATUS:
+                return _status_for(number, answer)
+            if len(answer) != 5 + 11 * 8:
+                raise ProtocolError("not what a file system is like")
+            return sftp.packet(sftp.EXTENDED_REPLY, number, answer[5:])
+
+        self._link.send(number, sftp.EXTENDED, (sftp.EXTENDED_REPLY, sftp.STATUS), answered, *parts)
+
+
+def _encode(place: Place) -> bytes:
+    return b"/".join((sftp.ROOT, *place))
+
+
+def _code(answer: memoryview) -> int:
+    if answer[0] != sftp.STATUS or len(answer) < 9:
+        return -1
+    (code,) = _WORD.unpack_from(answer, 5)
+    return int(code)
+
+
+def _status_for(number: int, answer: memoryview) -> bytes:
+    """The server's status, without its words: those are none of the guest's business."""
+    code = _code(answer)
+    if code < 0:
+        raise ProtocolError("a status without a code")
+    return sftp.status(number, code if code <= sftp.UNSUPPORTED else sftp.FAILURE)
+
+
+def _seen(attributes: sftp.Attributes) -> sftp.Attributes:
+    """What a guest is told of a file: not whose it is on the host."""
+    return sftp.Attributes(
+        attributes.size,
+        (0, 0) if attributes.ids is not None else None,
+        attributes.mode,
+        attributes.times,
+    )
+
+
+_REQUESTS: dict[int, Callable[[Requests, int, sftp.Packet], None]] = {
+    sftp.OPEN: Requests._open,
+    sftp.CLOSE: Requests._close,
+    sftp.READ: Requests._read,
+    sftp.WRITE: Requests._write,
+    sftp.LSTAT: Requests._lstat,
+    sftp.FSTAT: Requests._fstat,
+    sftp.SETSTAT: Requests._setstat,
+    sftp.FSETSTAT: Requests._fsetstat,
+    sftp.OPENDIR: Requests._opendir,
+    sftp.READDIR: Requests._readdir,
+    sftp.REMOVE: Requests._remove,
+    sftp.MKDIR: Requests._mkdir,
+    sftp.RMDIR: Requests._rmdir,
+    sftp.REALPATH: Requests._realpath,
+    sftp.STAT: Requests._stat,
+    sftp.RENAME: Requests._rename,
+    sftp.READLINK: Requests._readlink,
+    sftp.SYMLINK: Requests._symlink,
+    sftp.EXTENDED: Requests._extended,
+}
