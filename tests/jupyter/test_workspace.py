@@ -176,9 +176,10 @@ def test_a_thousand_files(ro: Kernel, ro_dir: Path) -> None:
     many = ro_dir / "many"
     many.mkdir()
     for number in range(1000):
-        (many / f"{number}.txt").write_text(str(number))
-    code = "sum(int(open(f'many/{name}').read()) for name in os.listdir('many'))"
-    assert value(ro, code) == 499500
+        (many / f"{number}.txt").write_text(f"{number}\n   ")
+    assert value(ro, "sum(os.path.getsize(f'many/{n}') for n in os.listdir('many'))") == 2890 + 4000
+    code = "sum(int(open(f'many/{n}.txt').read()) for n in range(100, 200))"
+    assert value(ro, code) == sum(range(100, 200))
 
 
 def test_the_directory_is_renamed_on_the_host(ro: Kernel, ro_dir: Path) -> None:
