@@ -53,12 +53,14 @@ def rw_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ro(small_spec: str, ro_dir: Path, start_kernel: StartKernel) -> Iterator[Kernel]:
     with start_kernel(small_spec, env={"VMKERNEL_WORKSPACE": "ro"}, cwd=str(ro_dir)) as kernel:
+        kernel.run("import os")
         yield kernel
 
 
 @pytest.fixture(scope="module")
 def rw(small_spec: str, rw_dir: Path, start_kernel: StartKernel) -> Iterator[Kernel]:
     with start_kernel(small_spec, env=RW, cwd=str(rw_dir)) as kernel:
+        kernel.run("import os")
         yield kernel
 
 
