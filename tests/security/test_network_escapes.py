@@ -376,6 +376,9 @@ async def test_a_network_that_was_broken_stays_so(tmp_path: Path) -> None:
         assert "restart the kernel" in text
         await asyncio.sleep(1)
         assert rig.network._process is None
+        rig.socket.settimeout(5)
+        while rig.socket.recv(1 << 16):  # the guest is told by the end of its port
+            pass
         assert "broke the rules" in rig.log_path.read_text()
 
 
@@ -571,6 +574,15 @@ def test_entries_that_open_too_much_are_no_entries() -> None:
                  "[::1", "*.10.0.0.1", "example..com", "-x.com", "user@host"):  # fmt: skip
         with pytest.raises(ValueError, match=r"[a-z]"):
             Policy("allow", [text])
+
+
+def test_an_address_may_be_written_in_all_usual_ways() -> None:
+    written = ("2001:db8::1", "[2001:db8::1]:443", "2001:db8::/32", "[2001:db8::/32]:443",
+               "9.9.9.9", "10.0.0.0/8:5432", "*.example.com:8443", "EXAMPLE.com.")  # fmt: skip
+    assert [str(rule.network or rule.name) for rule in Policy("allow", written).rules] == [
+        "2001:db8::1/128", "2001:db8::1/128", "2001:db8::/32", "2001:db8::/32", "9.9.9.9/32",
+        "10.0.0.0/8", "example.com", "example.com",
+    ]  # fmt: skip
 
 
 def test_a_wide_network_opens_nothing_private() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,3 +168,30 @@ def test_without_a_network_nothing_listens(template: str, session_dir: Path) -> 
     )
     done = VmHost(session_dir).cli("run", "-c", code, VMKERNEL_NETWORK="none")
     assert done.stdout.split() == ["111", "False"], done.stderr  # ECONNREFUSED
+
+
+async def test_a_network_that_is_over_says_so_and_the_vm_lives(
+    template: str, session_dir: Path
+) -> None:
+    from vmhost import RunningVm, VmHost
+
+    ask = """
+import socket, urllib.request
+try:
+    print(urllib.request.urlopen("http://packages.vmkernel/x", timeout=30).status)
+except OSError as error:
+    print(error)
+"""
+    settings = VmHost(session_dir).settings(VMKERNEL_NETWORK="packages")
+    async with RunningVm(settings) as vm:
+        assert "404" in await vm.run(ask)
+        network = vm.start._network
+        assert network is not None
+        network._on_news(b'{"kind":"broken","where":"the guest","why":"a frame of kind 9"}')
+        assert network._process is not None
+        network._process.kill()
+        async with asyncio.timeout(20):
+            while "refused" not in (said := await vm.run(ask)):
+                await asyncio.sleep(0.2)
+        assert "Connection refused" in said
+        assert "2" in await vm.run("print(1 + 1)")

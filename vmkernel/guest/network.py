@@ -32,7 +32,7 @@ NO_INDEX = "https://the-setting-network-is-none.vmkernel/simple/"
 NO_NETWORK = """\
 vmkernel: this kernel has no network (setting network: none), so nothing can be installed from a
 package index. Whoever runs the host may open the index to it and to nothing else:
-VMKERNEL_NETWORK=packages, or --network=packages in the kernelspec (docs/network.md)."""
+VMKERNEL_NETWORK=packages, or `vmkernel install --set network=packages` (docs/network.md)."""
 BACKLOG = 256
 IDLE = 24 * 3600.0
 """Seconds after which a connection on which nothing moves is forgotten; the host's are shorter."""

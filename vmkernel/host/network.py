@@ -224,6 +224,7 @@ class Network:
             self._broken = True
             log.debug("no proxy", exc_info=error)
             self._say(f"the network is not available: {error}; restart the kernel to try again")
+            self._disconnect()
 
     def _spawn(self) -> None:
         from vmkernel.network.pipconfig import read_config
@@ -340,15 +341,24 @@ class Network:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
+    def _disconnect(self) -> None:
+        """Let the guest's side find out that nobody is here: connections then fail at once."""
+        with contextlib.suppress(OSError):
+            self._port.shutdown(socket.SHUT_RDWR)
+
     async def _replace(self, process: subprocess.Popen[bytes]) -> None:
         await asyncio.to_thread(process.wait)
         await asyncio.sleep(0.5)  # at the VM's end the port is lost first
-        if self._closed or self._broken or self._agent is None:
+        if self._closed or self._agent is None:
+            return
+        if self._broken:
+            self._disconnect()
             return
         self._deaths += 1
         if self._deaths >= MOST_DEATHS:
             self._broken = True
             self._say("its process died again and again; restart the kernel to have it again")
+            self._disconnect()
             return
         self._say(f"its process ended (status {process.returncode}); connections are lost")
         with contextlib.suppress(VmError):  # the VM is ending, too

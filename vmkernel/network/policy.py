@@ -99,7 +99,8 @@ def _split_port(text: str) -> tuple[str, int | None]:
     except ValueError:
         pass
     else:
-        return (text, None) if "/" in text else (bare.partition("/")[0], None)
+        address = bare.partition("/")[0]
+        return text if "/" in text else f"[{address}]" if ":" in address else address, None
     host, colon, port = text.rpartition(":")
     if not colon or port.endswith("]"):
         return text, None
