@@ -195,6 +195,19 @@ def test_a_proxy_that_is_killed_is_replaced(kernel: Kernel) -> None:
     assert proxy_of(kernel).pid != process.pid
 
 
+def test_the_tunnel_of_the_documentation(kernel: Kernel, web: Web) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "network.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0].partition("port = tunnel(")[0]
+    cell = kernel.run(f"""{code}
+port = tunnel("127.0.0.1", {web.port})
+import http.client
+client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+client.request("POST", "/", b"12345")
+print(client.getresponse().read())
+""")
+    assert cell.stdout == "b'5'\n", cell.traceback
+
+
 def test_what_vm_shows(kernel: Kernel) -> None:
     shown = kernel.run("%vm").stdout
     assert "allow (packages, 127.0.0.1:" in shown
