@@ -96,21 +96,24 @@ def test_a_front_end_that_answers_nothing_is_told(asks: Kernel, here: Path) -> N
     assert "VMKERNEL_FILES=on" in cell.stderr
 
 
-def test_the_guest_can_neither_ask_beside_us_nor_get_our_answer(asks: Kernel, here: Path) -> None:
+def test_the_guest_asks_after_us_and_gets_no_answer_of_ours(asks: Kernel, here: Path) -> None:
     (here / "own.txt").write_text("own")
     cell = asks.send(
         "import threading, time\n"
-        "def ask():\n    time.sleep(1)\n    input('really? ')\n"
-        "threading.Thread(target=ask, daemon=True).start()\n"
-        "%vm put own.txt\nprint('there')",
+        "def ask():\n    time.sleep(1)\n    print('heard', input('really? '))\n"
+        "t = threading.Thread(target=ask); t.start()\n"
+        "%vm put own.txt\nt.join()",
         allow_stdin=True,
     )
     asks.wait_question(cell)
     asks.listen(2)
-    assert len(cell.questions) == 1  # the thread's was dropped
+    assert len(cell.questions) == 1  # the thread's waits
     asks.raw.input("y")
-    asks.wait_output(cell, "there")
+    assert asks.wait_question(cell, 2)["prompt"] == "really? "
+    asks.raw.input("no")
     asks.finish(cell)
+    assert "own.txt (3 bytes) is in the VM" in cell.stdout
+    assert "heard no" in cell.stdout
 
 
 def test_while_the_guest_asks_we_do_not(asks: Kernel, here: Path) -> None:
@@ -120,7 +123,7 @@ def test_while_the_guest_asks_we_do_not(asks: Kernel, here: Path) -> None:
         "def copy():\n"
         "    try: get_ipython().run_line_magic('vm', 'put own.txt trick')\n"
         "    except Exception as error: print('refused:', error)\n"
-        "t = threading.Timer(1, copy); t.start()\n"
+        "t = threading.Timer(3, copy); t.start()\n"
         "answer = input('continue? '); t.join(); print(answer, os.path.exists('trick'))",
         allow_stdin=True,
     )

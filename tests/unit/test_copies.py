@@ -13,7 +13,7 @@ import pytest
 
 from vmkernel.errors import VmFileError
 from vmkernel.guest import files as in_guest
-from vmkernel.host import copies
+from vmkernel.host import copies, copyplan
 from vmkernel.host.private_names import is_private, is_trap
 from vmkernel.protocol import frames, messages
 from vmkernel.protocol.messages import MAX_CHUNK
@@ -82,13 +82,13 @@ def none(name: bytes) -> bool:
 
 
 async def put(guest: Guest, source: Path, target: str, **options: Any) -> copies.Copied:
-    with copies.opened(source) as fd:
-        plan = copies.survey_host(fd, none)
+    with copyplan.opened(source) as fd:
+        plan = copyplan.survey_host(fd, none)
         return await copies.put(guest, fd, plan, target.encode(), **options)
 
 
 async def get(guest: Guest, source: str, here: Path, name: str, **options: Any) -> copies.Copied:
-    plan = await copies.survey_guest(guest, source.encode(), none)
+    plan = await copyplan.survey_guest(guest, source.encode(), none)
     fd = os.open(here, os.O_RDONLY | os.O_DIRECTORY)
     try:
         return await copies.get(guest, source.encode(), plan, fd, name.encode(), **options)
@@ -239,8 +239,8 @@ async def test_what_is_left_out_counts_too(
     (guest.home / "d").mkdir()
     for number in range(30):
         (guest.home / "d" / str(number)).symlink_to("/nowhere")
-    plan = copies.Plan(1 << 20, 20)
-    monkeypatch.setattr(copies, "Plan", lambda *_: plan)
+    plan = copyplan.Plan(1 << 20, 20)
+    monkeypatch.setattr(copyplan, "Plan", lambda *_: plan)
     with pytest.raises(VmFileError, match="more than 20 files"):
         await get(guest, "d", here, "d")
 
@@ -260,14 +260,14 @@ async def test_nothing_is_read_through_a_link(guest: Guest, here: Path) -> None:
     (here / "d" / "f").write_text("1")
     (here / "way").symlink_to(here / "d")
     for path in (here / "way" / "f", here / "way"):
-        with pytest.raises(OSError) as caught, copies.opened(path):  # noqa: PT011
+        with pytest.raises(OSError) as caught, copyplan.opened(path):  # noqa: PT011
             pass
         assert caught.value.errno in (errno.ENOTDIR, errno.ELOOP)
     os.mkfifo(here / "pipe")
-    with pytest.raises(VmFileError, match="neither"), copies.opened(here / "pipe"):
+    with pytest.raises(VmFileError, match="neither"), copyplan.opened(here / "pipe"):
         pass
-    with copies.opened(here / "d") as fd:  # swapped between survey and copy
-        plan = copies.survey_host(fd, none)
+    with copyplan.opened(here / "d") as fd:  # swapped between survey and copy
+        plan = copyplan.survey_host(fd, none)
         (here / "d" / "f").unlink()
         (here / "d" / "f").symlink_to("/etc/passwd")
         with pytest.raises(OSError) as caught:  # noqa: PT011
@@ -298,8 +298,8 @@ async def test_a_directory_is_put_into_one_that_is_there(guest: Guest, here: Pat
 def test_a_long_name_has_a_part(here: Path) -> None:
     name = "n" * 255
     (here / name).write_text("x")
-    with copies.opened(here / name) as fd:
-        part = copies.survey_host(fd, none).part_of(name.encode())
+    with copyplan.opened(here / name) as fd:
+        part = copyplan.survey_host(fd, none).part_of(name.encode())
     assert len(part) == 255
     assert part.endswith(b".part")
 
@@ -317,6 +317,6 @@ def test_names_that_stay() -> None:
 
 def test_sizes_in_words() -> None:
     sizes = (0, 1, 1023, 1536, 12_900_000, 5 << 30)
-    assert [copies.in_words(size) for size in sizes] == [
+    assert [copyplan.in_words(size) for size in sizes] == [
         "0 bytes", "1 byte", "1023 bytes", "1.5 KiB", "12.3 MiB", "5.0 GiB",
     ]  # fmt: skip

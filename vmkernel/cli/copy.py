@@ -52,7 +52,7 @@ def cp(source: str, target: str, as_json: bool) -> None:
     """
     from vmkernel.cli.foreground import Ended, Foreground
     from vmkernel.cli.output import print_json
-    from vmkernel.host.copies import in_words
+    from vmkernel.host.copyplan import in_words
 
     from_, to = place(source), place(target)
     if bool(from_.vm) == bool(to.vm):
@@ -75,7 +75,7 @@ def cp(source: str, target: str, as_json: bool) -> None:
 async def _copy(from_: Place, to: Place, *, quiet: bool) -> tuple[Copied, str]:
     from vmkernel.cli.output import say_skipped
     from vmkernel.cli.progress import Waiting
-    from vmkernel.host.copies import in_words
+    from vmkernel.host.copyplan import in_words
 
     async with _reached(from_.vm or to.vm) as call:
         with Waiting(quiet=quiet) as waiting:
@@ -111,15 +111,15 @@ async def _reached(vm: str) -> AsyncGenerator[Call, None]:
 
 
 async def _put(call: Call, local: Path, path: str, progress: OnProgress) -> tuple[Copied, str]:
-    from vmkernel.host import copies
+    from vmkernel.host import copies, copyplan
     from vmkernel.host.guestfiles import GuestFiles, guest_path
     from vmkernel.host.landing import aside, host_errors
 
     name = local.absolute().name
     if not path or path.endswith("/"):
         path += name
-    with host_errors(local), copies.opened(Path(os.path.realpath(local, strict=True))) as fd:
-        plan = await aside(copies.survey_host, fd, _all, MAX_BYTES)
+    with host_errors(local), copyplan.opened(Path(os.path.realpath(local, strict=True))) as fd:
+        plan = await aside(copyplan.survey_host, fd, _all, MAX_BYTES)
         there = await GuestFiles(call).look(guest_path(path)) if plan.is_file else None
         if there is not None and there.kind == "directory":
             path = f"{path.rstrip('/')}/{name}"
@@ -130,7 +130,7 @@ async def _put(call: Call, local: Path, path: str, progress: OnProgress) -> tupl
 
 
 async def _get(call: Call, path: str, local: Path, progress: OnProgress) -> tuple[Copied, str]:
-    from vmkernel.host import copies, files
+    from vmkernel.host import copies, copyplan, files
     from vmkernel.host.guestfiles import guest_path
     from vmkernel.host.landing import host_errors, named_parent
 
@@ -142,7 +142,7 @@ async def _get(call: Call, path: str, local: Path, progress: OnProgress) -> tupl
         if local.is_dir():  # what is there already stays, and is gone on beside
             old = await files.get_tree(call, path, local, max_bytes=MAX_BYTES, on_progress=progress)
             return copies.Copied(old.bytes, old.files, 0, old.skipped), str(local)
-        plan = await copies.survey_guest(call, guest_path(path), _all, MAX_BYTES)
+        plan = await copyplan.survey_guest(call, guest_path(path), _all, MAX_BYTES)
         with named_parent(local) as parent:
             done = await copies.get(
                 call, guest_path(path), plan, parent, os.fsencode(local.name),

@@ -1,7 +1,7 @@
 """vmkernel asks the person at a cell's front end, in its own name.
 
 The question is an ``input_request`` of the host's, so the guest neither sees nor forges the answer.
-While it stands the guest may ask nothing, and it is not asked while the guest waits for an answer:
+While it stands the guest's own questions wait, and it is not asked while the guest waits for one:
 what a person types can then be meant for one of them only, also with a client that does not say
 which question it answers.  Where it stands: under ``kernel.copying``, beside ``kernel.wrapper``.
 """
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from vmkernel.kernel.sockets import Request, Sockets
 
 
+MOST_HELD = 16
+"""Questions of a guest's that wait; more are dropped."""
+
+
 class Asking:
     """At most one question at a time.  ``guest_asks()``: whether the guest waits for an answer."""
 
@@ -29,6 +33,7 @@ class Asking:
         self._guest_asks = guest_asks
         self._question = ""
         self._answer: asyncio.Future[str] | None = None
+        self._held: list[Callable[[], None]] = []
 
     @property
     def open(self) -> bool:
@@ -54,6 +59,15 @@ class Asking:
             return await self._answer
         finally:
             self._answer = None
+            held, self._held = self._held, []
+            for question in held:
+                question()
+
+    def hold(self, question: Callable[[], None]) -> bool:
+        """A question of the guest's waits for the end of the one that stands, if one does."""
+        if self.open and len(self._held) < MOST_HELD:
+            self._held.append(question)
+        return self.open
 
     def heard(self, request: Request) -> bool:
         """An ``input_reply`` came: whether it was the answer to the question that stands."""

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vmkernel.errors import VmError, VmFileError
-from vmkernel.host import copies
-from vmkernel.host.copies import Plan, in_words
+from vmkernel.host import copies, copyplan
+from vmkernel.host.copyplan import Plan, in_words
 from vmkernel.host.guestfiles import GuestFiles, guest_path
 from vmkernel.host.landing import aside, host_errors
 from vmkernel.host.private_names import is_private
@@ -130,8 +130,8 @@ class Copying:
             root = Path(os.path.realpath(os.getcwd()))  # noqa: PTH109
             source = Path(os.path.realpath(root / _expanded(asked.first), strict=True))
             self._check_private(source, root)
-            with copies.opened(source) as fd:
-                plan = await aside(copies.survey_host, fd, _is_private)
+            with copyplan.opened(source) as fd:
+                plan = await aside(copyplan.survey_host, fd, _is_private)
                 if self._settings.files == "ask" or not source.is_relative_to(root):
                     await self._agree(
                         cell, f"Copy {_shown(source)} ({_size(plan)}) from this host into the VM?"
@@ -182,7 +182,7 @@ class Copying:
         local = asked.second or os.fsdecode(own_name)
         with host_errors(Path(local)), _below(local, own_name) as (parent, name, target):
             call = guest.vm.agent.exchange
-            plan = await copies.survey_guest(call, path, is_protected)
+            plan = await copyplan.survey_guest(call, path, is_protected)
             copies.check_free(parent, name, plan, asked.force)
             if self._settings.files == "ask":
                 await self._agree(

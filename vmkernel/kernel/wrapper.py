@@ -451,8 +451,9 @@ class Wrapper:
         if request.msg_type == EXECUTE and request.content.get("allow_stdin") is False:
             self._odd("questions where none are allowed", message)
             return
-        if self._asking.open:  # an answer is meant for one of us
-            self._odd("questions while vmkernel asked one", message)
+        if self._asking.hold(lambda: self._on_question(exchange, message)):
+            return  # an answer is meant for one of us
+        if exchange.done.done():
             return
         if exchange.asked:  # after an interrupt it may ask again; nobody can answer a flood
             self.supply.charge(pace.QUESTION)
