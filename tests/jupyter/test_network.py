@@ -118,7 +118,7 @@ def test_a_refusal_is_told_in_the_cell_and_in_the_log(kernel: Kernel, log: Path)
     assert any("evil.example:80" in path.read_text() for path in logs.glob("*/network.log"))
     # A thread that scans does not flood the notebook
     cell = kernel.run(
-        "for n in range(60):\n"
+        "for n in range(40):\n"
         "    try: urllib.request.urlopen(f'http://h{n}.example/')\n"
         "    except OSError: pass"
     )
