@@ -83,6 +83,9 @@ class Workspace:
                 self.problem = "sshfs could not mount the workspace: has this guest kernel no FUSE?"
                 return
             time.sleep(0.02)
+        # Linux asks sshfs once whether it wants to be asked who may enter: not in each clone
+        os.chdir(SOURCE)
+        os.chdir("/")
         self.problem = ""
 
     def show(self, path: bytes, writable: bool) -> None:
