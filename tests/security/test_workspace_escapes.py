@@ -254,7 +254,17 @@ async def test_what_opens_doors_is_not_seen(rw: Guest, place: Place) -> None:
     assert isinstance(names, set)
     assert b"data.csv" in names
     assert not names & {*hidden}
-    for name in (*hidden, b".ssh/id_rsa", b"private/key", b".Ssh", b".ssh.", "．ssh".encode()):
+    for name in (
+        *hidden,
+        b".ssh/id_rsa",
+        b"private/key",
+        b".Ssh",
+        b".ssh.",
+        "．ssh".encode(),
+        b".env~",
+        b"x.gpg",
+        b".netrc.bak",
+    ):
         path = b"/ws/" + name
         assert await rw.read(path) in DENIED, name
         assert await rw.list(path) in DENIED, name

@@ -23,7 +23,7 @@ _HIDDEN = re.compile(
     rb"|env|env\..*|jupyter|vmkernel)"
     rb"|_netrc|id_(rsa|dsa|ecdsa|ed25519)(_sk)?|.*\.(pem|key|p12|pfx|kdbx|keytab|ppk)"
     rb"|kernel-.*\.json|(jp|nb)server-.*|(jupyter|notebook)_cookie_secret"
-    rb"|application_default_credentials\.json",
+    rb"|(application_default_)?credentials(\.json)?|.*\.gpg",
     re.DOTALL,
 )
 _PROTECTED = re.compile(
@@ -32,6 +32,8 @@ _PROTECTED = re.compile(
     rb"|desktop\.ini|autorun\.inf",
     re.DOTALL,
 )
+_COPY = re.compile(rb"(~|\.bak|\.orig|\.old|\.sw[op])+$")
+"""What editors and people add to the name of a copy."""
 _OURS = re.compile(rb"\.fuse_hidden[0-9a-f]{8,32}")
 """How libfuse calls a file that was removed while it is open."""
 
@@ -49,7 +51,7 @@ def is_protected(name: bytes) -> bool:
 @functools.lru_cache(4096)
 def _judge(name: bytes) -> tuple[bool, bool]:
     plain = _plain(name)
-    hidden = _HIDDEN.fullmatch(plain) is not None
+    hidden = _HIDDEN.fullmatch(_COPY.sub(b"", plain)) is not None
     if _OURS.fullmatch(name):
         return False, False
     return hidden, hidden or is_trap(plain) or _PROTECTED.fullmatch(plain) is not None

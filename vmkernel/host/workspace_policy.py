@@ -80,6 +80,11 @@ class Policy:
         if not self.share.writable:
             raise RefusedError(sftp.PERMISSION_DENIED, "the workspace is read-only")
         if not place or any(is_protected(name) for name in place):
+            if place:
+                self._news(
+                    "names that programs of the host obey or that hold secrets cannot be written "
+                    "in the workspace (docs/workspace.md)"
+                )
             raise RefusedError(sftp.PERMISSION_DENIED, "a protected name")
 
     def mode(self, attributes: sftp.Attributes) -> int | None:
