@@ -130,6 +130,7 @@ def test_pip_install_in_a_cell(kernel: Kernel, index: PackageIndex) -> None:
     cell = kernel.run("%pip install --no-input vmkpkg\nimport vmkpkg\nprint(vmkpkg.ANSWER)")
     assert cell.status == "ok", cell.traceback + cell.stdout + cell.stderr
     assert cell.stdout.splitlines()[-1] == "42"
+    assert "a restart begins a new VM" in cell.stdout
     assert len([line for line, _ in index.requests if ".whl" in line]) == 1
     # The index's password is the host's
     code = "import subprocess; print(dict(os.environ)); print(open('/proc/self/environ').read())"

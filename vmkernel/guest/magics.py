@@ -24,6 +24,10 @@ that runs here. To connect a console to this kernel, run on the host:
 
     jupyter console --existing    (the kernel's id, as `%vm` shows it, where there are several)"""
 
+AS_LONG_AS_THE_VM = """\
+vmkernel: it can be imported now, until this VM ends; a restart begins a new VM. To keep it, on the
+host: vmkernel image build --from RECIPE --add PACKAGE --name NAME (docs/recipes.md)."""
+
 CallHost = Callable[[str, list[str]], dict[str, Any]]
 """call(command, arguments): what the host answers, content of a ``vm_reply``"""
 
@@ -63,6 +67,8 @@ class VmMagics(Magics):
         self._pip(line)
         importlib.invalidate_caches()
         failed = self.shell.user_ns.get("_exit_code", 0) != 0
+        if not failed and line.split()[:1] == ["install"]:
+            print(AS_LONG_AS_THE_VM)
         if failed and os.environ.get("PIP_INDEX_URL") == NO_INDEX:
             print(NO_NETWORK, file=sys.stderr)
 

@@ -13,6 +13,7 @@ And a traceback ends in the user's code: an interrupt's last frame, our signal h
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
 import os
@@ -24,6 +25,11 @@ from pygments.formatters.terminal256 import Terminal256Formatter
 from vmkernel.guest.port import Interrupts
 
 _KEPT_STYLES = 8
+READ_ONLY = """\
+vmkernel: the host's directory is here for reading (setting workspace: ro). To let cells write
+there, on the host: VMKERNEL_WORKSPACE=rw, or `vmkernel install --set workspace=rw`
+(docs/workspace.md). Or write to ~, which goes with this VM; `%vm get` brings out what stays."""
+"""Said of any file system that is for reading: a guest has no other."""
 NO_MODULE = ""  # the name of no module in sys.modules
 
 
@@ -47,6 +53,9 @@ class Tracebacks:
 
     def _get_exc_info(self, exc_tuple: Any = None) -> Any:
         kind, value, trace = self._shell_class._get_exc_info(self._shell, exc_tuple)
+        read_only = isinstance(value, OSError) and value.errno == errno.EROFS
+        if read_only and READ_ONLY not in getattr(value, "__notes__", ()):
+            value.add_note(READ_ONLY)
         if isinstance(value, KeyboardInterrupt):
             inner = trace
             while inner is not None and inner.tb_next is not None:

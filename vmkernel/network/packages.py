@@ -50,8 +50,10 @@ if TYPE_CHECKING:
 
     from vmkernel.network.pipconfig import Index, PipConfig
 
-MOST_PAGE = 64 << 20
+MOST_PAGE = 32 << 20
 """Bytes of an index's page."""
+PAGES_AT_ONCE = 3
+"""Read, made and sent: pip asks for one after another, and a page lies whole in memory."""
 MOST_TOKENS = 200_000
 MOST_REDIRECTS = 5
 ANSWER_SECONDS = 60.0
@@ -90,6 +92,7 @@ class Gateway:
         self._secret = os.urandom(32)
         self._known: OrderedDict[str, Known] = OrderedDict()
         self._contexts: dict[bool, ssl.SSLContext] = {}
+        self._pages = asyncio.Semaphore(PAGES_AT_ONCE)
 
     async def serve(self, method: bytes, path: bytes, headers: Headers, link: Link) -> None:
         """Answer one request.  Raises BrokenError when the guest must see that it is not whole."""
@@ -99,7 +102,8 @@ class Gateway:
                 raise FetchError("the package index is for reading", 405)
             if found := _PROJECT.match(text):
                 wants_json = simple.JSON_TYPE.encode() in header(headers, b"accept")
-                await self._page(simple.project_name(found.group(1)), link, json=wants_json)
+                async with self._pages:
+                    await self._page(simple.project_name(found.group(1)), link, json=wants_json)
             elif found := _FILE.match(text):
                 await self._file(found.group(1), urllib.parse.unquote(found.group(2)), link)
             else:
