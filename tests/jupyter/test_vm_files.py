@@ -135,6 +135,47 @@ def test_while_the_guest_asks_we_do_not(asks: Kernel, here: Path) -> None:
     assert cell.stdout.endswith("y False\n")
 
 
+def test_an_answer_to_one_of_two_questions_of_the_guest_is_not_ours(
+    asks: Kernel, here: Path
+) -> None:
+    """A client that names no question answers the guest's second one; we have not asked by then."""
+    (here / "own.txt").write_text("own")
+    cell = asks.send(
+        "import threading, time\n"
+        "def ask(n):\n"
+        "    try: input(f'continue {n}? ')\n"
+        "    except Exception: pass\n"
+        "for n in (1, 2): threading.Thread(target=ask, args=(n,), daemon=True).start()\n"
+        "time.sleep(6)\n"
+        "try: get_ipython().run_line_magic('vm', 'put own.txt stolen')\n"
+        "except Exception as error: print('refused:', error)\n"
+        "print(os.path.exists('stolen'))",
+        allow_stdin=True,
+    )
+    asks.wait_question(cell, 2)
+    asks.raw.input("y")
+    asks.wait(lambda: len(cell.questions) > 2 or cell.done, "what becomes of the put")
+    asks.raw.input("y")  # to the guest's second question, which is still seen
+    asks.finish(cell)
+    assert "refused: another question waits" in cell.stdout
+    assert cell.stdout.endswith("False\n")
+
+
+def test_the_question_says_what_would_be_replaced(asks: Kernel, here: Path) -> None:
+    (here / "report.ipynb").write_text("mine")
+    asks.run("_ = open('report.ipynb', 'w').write('theirs')")
+    cell = answered(asks, "%vm get --force report.ipynb", "n")
+    assert (
+        "report.ipynb on this host, in place of the file there?"
+        in (cell.questions[0]["content"]["prompt"])
+    )
+    assert (here / "report.ipynb").read_text() == "mine"
+    blank = "a\u3164to\u3164b"  # a letter that looks like a blank
+    asks.run(f"_ = open('{blank}', 'w').write('x')")
+    cell = answered(asks, f"%vm get {blank}", "n")
+    assert f"/{blank}' on this host?" in cell.questions[0]["content"]["prompt"]
+
+
 def test_stop_ends_the_question(asks: Kernel, here: Path) -> None:
     (here / "own.txt").write_text("own")
     cell = asks.send("%vm put own.txt late", allow_stdin=True)

@@ -295,6 +295,26 @@ async def test_a_directory_is_put_into_one_that_is_there(guest: Guest, here: Pat
         await put(guest, here / "d" / "in" / "f", "d", replace=True)
 
 
+async def test_files_alike_in_size_time_and_part_are_not_glued(guest: Guest, here: Path) -> None:
+    """As of two disk images out of an archive: both of 1970, and zeros where one was broken off."""
+    zeros = b"\0" * (2 * MAX_CHUNK)
+    for name in ("a", "b"):
+        for top in (here, guest.home):
+            (top / name).write_bytes(name.encode() + zeros)
+            os.utime(top / name, (1, 1))
+
+    with copyplan.opened(here / "a") as fd:
+        part = copyplan.survey_host(fd, none).part_of(b"disk")
+    (guest.home / os.fsdecode(part)).write_bytes((b"a" + zeros)[:MAX_CHUNK])
+    await put(guest, here / "b", "disk")
+    assert (guest.home / "disk").read_bytes() == b"b" + zeros
+
+    part = (await copyplan.survey_guest(guest, b"a", none)).part_of(b"disk")
+    (here / os.fsdecode(part)).write_bytes((b"a" + zeros)[:MAX_CHUNK])
+    await get(guest, "b", here, "disk")
+    assert (here / "disk").read_bytes() == b"b" + zeros
+
+
 def test_a_long_name_has_a_part(here: Path) -> None:
     name = "n" * 255
     (here / name).write_text("x")

@@ -1,7 +1,7 @@
 """Copies that show nothing half done and can be gone on with, into a guest and out of it.
 
 What is copied lies under a name of its own, ``NAME.MARK.part``, until all of it is there; then it
-gets its name.  The mark is made from the names, sizes and times of what is copied: so a copy that
+gets its name.  The mark is made of which file it is, and of names, sizes and times: so a copy that
 was broken off is gone on with by the same command, unless its source has changed since, and of a
 file that is gone on with the end of what is there is compared first.
 
@@ -272,12 +272,13 @@ def _settle(parent: int, part: bytes, name: bytes, replace: bool, is_file: bool)
             raise _in_the_way(f"On the host, {shown(name)}") from None
         except OSError:  # a file system without hard links
             pass
-    if not replace and _is_there(parent, name):
+    if not replace and is_there(parent, name):
         raise _in_the_way(f"On the host, {shown(name)}")
     os.rename(part, name, src_dir_fd=parent, dst_dir_fd=parent)
 
 
-def _is_there(parent: int, name: bytes) -> bool:
+def is_there(parent: int, name: bytes) -> bool:
+    """Whether a directory has something of that name."""
     try:
         os.stat(name, dir_fd=parent, follow_symlinks=False)
     except FileNotFoundError:

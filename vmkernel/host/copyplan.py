@@ -46,6 +46,8 @@ class Plan:
         self.skipped: list[str] = []
         """What is left out: neither file nor directory, or not to be copied"""
         self.bytes = 0
+        self.origin: tuple[bytes | int, ...] = ()
+        """Which file or directory it is, where it comes from"""
         self._limits = (max_bytes, max_files)
 
     @property
@@ -83,7 +85,7 @@ class Plan:
         """What a copy of this is called until it is whole."""
         told = [(item.parts, item.size, item.modified if item.size is not None else 0)
                 for item in self.items]  # fmt: skip
-        mark = hashlib.sha256(repr(told).encode()).hexdigest()[:8]
+        mark = hashlib.sha256(repr((self.origin, told)).encode()).hexdigest()[:8]
         tail = f".{mark}.part".encode()
         return name[: LONGEST_NAME - len(tail)] + tail
 
@@ -136,6 +138,7 @@ def survey_host(fd: int, leave: Leave, max_bytes: int = MAX_BYTES) -> Plan:
     """What there is to copy of a file or directory of the host's.  Raises OSError, VmFileError."""
     plan = Plan(max_bytes)
     found = os.fstat(fd)
+    plan.origin = (found.st_dev, found.st_ino)
     plan.add(_item((), found))
     if stat.S_ISDIR(found.st_mode):
         _survey(fd, (), plan, leave)
@@ -180,6 +183,7 @@ async def survey_guest(call: Call, path: bytes, leave: Leave, max_bytes: int = M
     """What there is to copy of a file or directory of the guest's.  Raises VmFileError."""
     guest = GuestFiles(call)
     plan = Plan(max_bytes)
+    plan.origin = (path,)
     found = await guest.listing(path)
     if found.kind == "file":
         plan.add(Item((), found.mode, found.size, found.modified))

@@ -1,7 +1,7 @@
 """vmkernel asks the person at a cell's front end, in its own name.
 
 The question is an ``input_request`` of the host's, so the guest neither sees nor forges the answer.
-While it stands the guest's own questions wait, and it is not asked while the guest waits for one:
+While it stands the guest's own questions wait, and it is not asked while one of those is seen:
 what a person types can then be meant for one of them only, also with a client that does not say
 which question it answers.  Where it stands: under ``kernel.copying``, beside ``kernel.wrapper``.
 """
@@ -26,7 +26,7 @@ MOST_HELD = 16
 
 
 class Asking:
-    """At most one question at a time.  ``guest_asks()``: whether the guest waits for an answer."""
+    """At most one question at a time.  ``guest_asks()``: whether one of the guest's is seen."""
 
     def __init__(self, sockets: Sockets, guest_asks: Callable[[], bool]) -> None:
         self._sockets = sockets

@@ -44,7 +44,7 @@ LONGEST_SHOWN = 200
 SHOW_AFTER = 0.5
 """Seconds after which, and in whose intervals, a copy's progress is shown."""
 
-_PLAIN = re.compile(r"[\w./~+@%,:=-]+")
+_PLAIN = re.compile(r"[\w./~+@%,:=-]+", re.ASCII)  # some letters look like blanks
 
 Show = Callable[["Exchange", str], None]
 """show(cell, text): into the cell's output, in the host's name"""
@@ -185,10 +185,11 @@ class Copying:
             plan = await copyplan.survey_guest(call, path, is_protected)
             copies.check_free(parent, name, plan, asked.force)
             if self._settings.files == "ask":
+                over = ", in place of the file there" if copies.is_there(parent, name) else ""
                 await self._agree(
                     cell,
                     f"Copy {_shown(os.fsdecode(path))} ({_size(plan)}) from the VM to "
-                    f"{_shown(target)} on this host?",
+                    f"{_shown(target)} on this host{over}?",
                 )
             else:
                 self._charge(plan)

@@ -45,7 +45,7 @@ class Exchange:
 
     __slots__ = (
         "asked", "awaiting", "begun", "done", "interrupted", "lane", "noted", "own", "question",
-        "replied", "request", "shown", "started", "warned",
+        "replied", "request", "shown", "started", "unanswered", "warned",
     )  # fmt: skip
 
     def __init__(self, request: Request, lane: Lane | None) -> None:
@@ -68,6 +68,8 @@ class Exchange:
         """An input_request, and no answer yet"""
         self.question = ""
         """That input_request's id"""
+        self.unanswered = 0
+        """How many input_requests a person may still see, and answer: also older ones"""
         self.awaiting = False
         """The cell waits in the guest's event loop: comm messages can be served."""
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -96,7 +96,7 @@ class Wrapper:
         self._comms: OrderedDict[str, str] = OrderedDict()
         self._meanwhile: OrderedDict[str, bytes] = OrderedDict()
         """Headers of comm messages sent beside a cell, of whose end nothing was said yet"""
-        self._asking = Asking(sockets, lambda: any(e.asked for e in self._with_guest.values()))
+        self._asking = Asking(sockets, lambda: any(e.unanswered for e in self._with_guest.values()))
         self._questions = Questions(self.supply, settings, sockets, self._asking)
         self._door = Door(settings, self.supply)
         self._one_control = asyncio.Lock()
@@ -394,6 +394,8 @@ class Wrapper:
         if self._asking.heard(request):
             return
         guest = self.supply.current
+        if seen := [exchange for exchange in self._with_guest.values() if exchange.unanswered]:
+            seen[-1].unanswered -= 1
         asking = [exchange for exchange in self._with_guest.values() if exchange.asked]
         if not asking or guest is None or request.msg_type != "input_reply":
             return  # an answer to a question that is no longer asked
@@ -460,6 +462,7 @@ class Wrapper:
         question = self._outputs.prompt(contents.question(message.content))
         exchange.question = self.sockets.reply(request, "input_request", question, channel="stdin")
         exchange.asked = True
+        exchange.unanswered += 1
 
     def _on_reply(
         self, exchange: Exchange, message: messages.FromGuest, buffers: Sequence[memoryview]
