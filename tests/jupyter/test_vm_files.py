@@ -176,6 +176,13 @@ def test_the_question_says_what_would_be_replaced(asks: Kernel, here: Path) -> N
     assert f"/{blank}' on this host?" in cell.questions[0]["content"]["prompt"]
 
 
+def test_who_may_not_read_is_not_told_what_there_is(asks: Kernel) -> None:
+    asks.run("_ = open('x', 'w').write('x')")
+    for there, none in (("put /etc/passwd", "put /etc/none"), ("get x /etc", "get x /none")):
+        told = [asks.run(f"%vm {line}").stderr.splitlines()[0] for line in (there, none)]
+        assert told[0].replace("/etc", "/none") == told[1].replace("/etc", "/none")
+
+
 def test_stop_ends_the_question(asks: Kernel, here: Path) -> None:
     (here / "own.txt").write_text("own")
     cell = asks.send("%vm put own.txt late", allow_stdin=True)

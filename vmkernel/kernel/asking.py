@@ -42,6 +42,22 @@ class Asking:
 
     async def ask(self, exchange: Exchange, prompt: str) -> str:
         """What the person typed.  Raises VmError where nobody can be asked."""
+        self.check(exchange)
+        content = {"prompt": prompt, "password": False}
+        self._answer = asyncio.get_running_loop().create_future()
+        try:
+            self._question = self._sockets.reply(
+                exchange.request, "input_request", content, channel="stdin"
+            )
+            return await self._answer
+        finally:
+            self._answer = None
+            held, self._held = self._held, []
+            for question in held:
+                question()
+
+    def check(self, exchange: Exchange) -> None:
+        """Raises VmError where nobody can be asked."""
         request = exchange.request
         if request.msg_type != EXECUTE:
             raise VmError("only in a cell that runs can anybody be asked", hint="use a cell")
@@ -52,16 +68,6 @@ class Asking:
             )
         if self.open or self._guest_asks():
             raise VmError("another question waits for its answer", hint="answer that one first")
-        content = {"prompt": prompt, "password": False}
-        self._answer = asyncio.get_running_loop().create_future()
-        try:
-            self._question = self._sockets.reply(request, "input_request", content, channel="stdin")
-            return await self._answer
-        finally:
-            self._answer = None
-            held, self._held = self._held, []
-            for question in held:
-                question()
 
     def hold(self, question: Callable[[], None]) -> bool:
         """A question of the guest's waits for the end of the one that stands, if one does."""

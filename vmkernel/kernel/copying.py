@@ -128,6 +128,9 @@ class Copying:
     async def _put(self, asked: _Command, place: Place, guest: Guest, cell: Exchange) -> str:
         with host_errors(Path(asked.first)):
             root = Path(os.path.realpath(os.getcwd()))  # noqa: PTH109
+            named = Path(os.path.normpath(root / _expanded(asked.first)))
+            if self._settings.files == "ask" or not named.is_relative_to(root):
+                self._check_asked(cell)  # first: who may not read is not told what there is
             source = Path(os.path.realpath(root / _expanded(asked.first), strict=True))
             self._check_private(source, root)
             with copyplan.opened(source) as fd:
@@ -218,13 +221,17 @@ class Copying:
 
     async def _agree(self, cell: Exchange, question: str) -> None:
         """Raises VmError unless the person says yes."""
-        again = VmError("the copy was not agreed to", hint="run the cell again to be asked again")
-        if cell.request.msg_id in self._refused:
-            raise again
+        self._check_asked(cell)
         answer = await self._asking.ask(cell, f"{question} [y/N] ")
         if answer.strip().lower() not in YES:
             self._refused.append(cell.request.msg_id)
-            raise again
+            self._check_asked(cell)
+
+    def _check_asked(self, cell: Exchange) -> None:
+        """Raises VmError where nobody can be asked, or somebody has said no."""
+        if cell.request.msg_id in self._refused:
+            raise VmError("the copy was not agreed to", hint="run the cell again to be asked again")
+        self._asking.check(cell)
 
     @contextmanager
     def _progress(self, cell: Exchange, what: str) -> Iterator[Callable[[int, int | None], None]]:
@@ -339,7 +346,8 @@ def _below(local: str, own_name: bytes) -> Iterator[tuple[int, bytes, Path]]:
     root = Path(os.path.realpath(os.getcwd()))  # noqa: PTH109
     text = os.path.normpath(root / _expanded(local))
     target = Path(text)
-    if local.endswith("/") or (target.is_dir() and not target.is_symlink()):
+    inside = target.is_relative_to(root)  # what else is a directory is not told
+    if local.endswith("/") or (inside and target.is_dir() and not target.is_symlink()):
         target /= os.fsdecode(own_name)
     if not target.is_relative_to(root) or target == root:
         raise VmFileError(
