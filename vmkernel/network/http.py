@@ -10,6 +10,7 @@ that are here.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterable
 
 import h11
@@ -89,3 +90,8 @@ def end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
 def header(headers: Iterable[tuple[bytes, bytes]], name: bytes) -> bytes:
     """The value of the header of this name (in lower case), b"" without one."""
     return next((value for key, value in headers if key.lower() == name), b"")
+
+
+def reason_of(text: str) -> bytes:
+    """Words as a response's reason phrase: clients show that, if anything."""
+    return re.sub(rb"[^\x20-\x7e]", b"?", text.encode("ascii", "replace")[:300])

@@ -39,7 +39,7 @@ from vmkernel.network.dial import (
     secure,
     upstream_proxy,
 )
-from vmkernel.network.http import BrokenError, Headers, Link, header
+from vmkernel.network.http import BrokenError, Headers, Link, header, reason_of
 from vmkernel.network.pipconfig import directory_of, roots_of
 from vmkernel.network.policy import GATEWAY, RefusedError, parse_target
 from vmkernel.network.simple import File, PageError
@@ -111,7 +111,8 @@ class Gateway:
         except FetchError as error:
             if link.h11.our_state is not h11.SEND_RESPONSE:
                 raise BrokenError(str(error)) from None
-            await _say(link, error.status, "text/plain", f"vmkernel: {error}\n".encode())
+            text = f"vmkernel: {error}"
+            await _say(link, error.status, "text/plain", f"{text}\n".encode(), reason_of(text))
 
     # --- pages ---
 
@@ -432,17 +433,17 @@ async def _send_local(known: Known, suffix: str, link: Link) -> None:
         await link.send(h11.EndOfMessage())
 
 
-def _response(status: int, kind: str, size: int) -> h11.Response:
+def _response(status: int, kind: str, size: int, reason: bytes = b"OK") -> h11.Response:
     headers = [
         ("Content-Type", kind),
         ("Content-Length", str(size)),
         ("Cache-Control", "no-store"),
         ("Connection", "close"),
     ]
-    return h11.Response(status_code=status, headers=headers)
+    return h11.Response(status_code=status, headers=headers, reason=reason)
 
 
-async def _say(link: Link, status: int, kind: str, body: bytes) -> None:
-    await link.send(_response(status, kind, len(body)))
+async def _say(link: Link, status: int, kind: str, body: bytes, reason: bytes = b"OK") -> None:
+    await link.send(_response(status, kind, len(body), reason))
     await link.send(h11.Data(data=body))
     await link.send(h11.EndOfMessage())

@@ -37,6 +37,7 @@ _NUMERIC = re.compile(r"(?:[0-9]+|0x[0-9a-f]*)\Z")
 _PORT = re.compile(r"[0-9]{1,5}\Z")
 _NAT64 = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48")))
 _COMPATIBLE = ipaddress.IPv6Network("::/96")
+_THIS_NETWORK = ipaddress.IPv4Network("0.0.0.0/8")
 
 
 class RefusedError(Exception):
@@ -73,12 +74,15 @@ class Rule(msgspec.Struct, frozen=True):
 
 def parse_rule(text: str) -> Rule:
     """An entry of `network_allow`.  Raises ValueError, which says what is wrong with it."""
+    if "://" in text:
+        raise ValueError(f"{text!r}: write the host only, without http:// and path")
     host, port = _split_port(text)
     if "/" in host:
         try:
             return Rule(text, network=ipaddress.ip_network(host.strip("[]")), port=port)
         except ValueError as error:
-            raise ValueError(f"{text!r} is no network: {error}") from None
+            words = f"{error}; of a URL write the host only, without path"
+            raise ValueError(f"{text!r} is no network: {words}") from None
     below = host.startswith("*.")
     try:
         found = parse_host(host[2:] if below else host)
@@ -87,9 +91,13 @@ def parse_rule(text: str) -> Rule:
     if not isinstance(found, str):
         if below:
             raise ValueError(f"{text!r}: an address has no names below it")
+        if found in _THIS_NETWORK:
+            raise ValueError(f"{text!r}: {found} is no address of a host; write it in full")
         return Rule(text, network=ipaddress.ip_network(found), port=port)
     if below and "." not in found:
         raise ValueError(f"{text!r}: a whole top-level domain; `network = open` is what opens all")
+    if is_local_name(found):
+        raise ValueError(f"{text!r}: this name is never looked up; write 127.0.0.1:{port or 80}")
     return Rule(text, name=found, below=below, port=port)
 
 

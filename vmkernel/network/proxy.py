@@ -19,7 +19,7 @@ import h11
 
 from vmkernel.network.clienthello import TlsCheck
 from vmkernel.network.dial import Connection, Dialer, UnreachableError
-from vmkernel.network.http import MOST_HEADER, BrokenError, Link, end_to_end, header
+from vmkernel.network.http import MOST_HEADER, BrokenError, Link, end_to_end, header, reason_of
 from vmkernel.network.policy import GATEWAY, ClosedError, Host, Policy, RefusedError, parse_target
 from vmkernel.protocol import mux
 
@@ -208,8 +208,7 @@ def _authority(host: Host, port: int) -> str:
 
 async def _answer(link: Link, answer: Answer) -> None:
     """Say in words what is the matter; clients show a CONNECT's reason, if anything."""
-    reason = f"vmkernel: {answer.reason}".encode("ascii", "replace")[:300]
-    reason = re.sub(rb"[^\x20-\x7e]", b"?", reason)
+    reason = reason_of(f"vmkernel: {answer.reason}")
     body = reason + b"\n(docs/network.md; settings network and network_allow)\n"
     with suppress(BrokenError):
         await link.send(
