@@ -191,6 +191,23 @@ async def test_nothing_is_smuggled_behind_a_request(allowed: Rig, web: Web, cana
 
 
 @pytest.mark.asyncio(loop_scope="module")
+async def test_a_host_header_that_names_another_host_is_refused(allowed: Rig, web: Web) -> None:
+    """It is written anew anyway; but who says two hosts wants something of the difference."""
+    where = f"127.0.0.1:{web.port}"
+    for url, said in (
+        (f"http://{where}/", "evil.test"),
+        (f"http://{where}/", "127.0.0.1"),
+        (f"http://{where}/", f"127.0.0.2:{web.port}"),
+        ("http://packages.vmkernel/simple/x/", where),
+    ):
+        before = len(web.requests)
+        answer = await allowed.ask(f"GET {url} HTTP/1.1\r\nHost: {said}\r\n\r\n".encode())
+        assert status(answer) == 403, (url, said)
+        assert b"its Host header names another one" in answer
+        assert len(web.requests) == before
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_hop_by_hop_headers_stay_here(allowed: Rig, web: Web) -> None:
     answer = await allowed.get(
         f"http://127.0.0.1:{web.port}/", "Proxy-Authorization: Basic eDp5", "Upgrade: websocket",
@@ -519,6 +536,69 @@ async def test_the_gateway_gives_what_an_index_named_and_nothing_else(tmp_path: 
         index.close()
 
 
+async def test_an_indexs_password_is_for_its_own_origin(tmp_path: Path) -> None:
+    """The host's proxy is the test's: it sees what is said to any address, and answers for it."""
+
+    def respond(handler) -> None:  # type: ignore[no-untyped-def]
+        host = handler.headers["Host"]
+        if host == "9.9.9.10" and "moved" in handler.path:
+            say(handler, 302, b"", Location=f"http://9.9.9.9{handler.path}")
+        elif handler.path.startswith("/simple/"):
+            links = ("http://9.9.9.9/x-1.0.zip", "http://9.9.9.10:8080/y-1.0.zip",
+                     "http://9.9.9.10/moved-1.0.zip", "http://9.9.9.10/own-1.0.zip")  # fmt: skip
+            page = "".join(f'<a href="{link}">{link[-9:]}</a>' for link in links)
+            say(handler, 200, page.encode(), Content_Type="text/html")
+        else:
+            say(handler, 200, b"file")
+
+    def connect(handler) -> None:  # type: ignore[no-untyped-def]
+        handler.send_response(200)
+        handler.end_headers()
+
+    web = Web(respond)
+    web.server.RequestHandlerClass.do_CONNECT = connect  # type: ignore[attr-defined]
+    try:
+        with pip_variables(
+            PIP_INDEX_URL=f"http://reader:{PASSWORD}@9.9.9.10/simple",
+            PIP_PROXY=f"http://127.0.0.1:{web.port}",
+        ):
+            async with Rig("packages", [], tmp_path) as rig:
+                for project in ("all", "moved"):
+                    page = await rig.get(f"http://packages.vmkernel/simple/{project}/")
+                    assert status(page) == 200
+                    for part in page.split(b'href="')[1:]:
+                        answer = await rig.get(part.split(b'"')[0].decode())
+                        assert answer.endswith(b"file")
+    finally:
+        web.close()
+    hosts = {headers["Host"] for _, headers in web.requests}
+    assert hosts == {"9.9.9.9", "9.9.9.10", "9.9.9.10:8080"}
+    for line, headers in web.requests:
+        own = headers["Host"] == "9.9.9.10"
+        assert ("Authorization" in headers) == own, (line, headers["Host"])
+
+
+async def test_a_link_that_leaves_its_index_is_not_followed(tmp_path: Path) -> None:
+    """Not even to where the proxy sees: a second directory of links lies open to it."""
+    links, beside = tmp_path / "links", tmp_path / "beside"
+    links.mkdir()
+    beside.mkdir()
+    (beside / "notes").write_bytes(b"secret")
+    (beside / "good-1.0.zip").write_bytes(b"good")
+    (links / "leak-1.0.zip").symlink_to(beside / "notes")
+    with pip_variables(PIP_FIND_LINKS=f"{links} {beside}", PIP_NO_INDEX="1"):
+        async with Rig("packages", [], tmp_path) as rig:
+            answers = {}
+            for name in ("good", "leak"):
+                page = await rig.get(f"http://packages.vmkernel/simple/{name}/")
+                url = page.split(b'href="')[1].split(b'"')[0].decode()
+                answers[name] = await rig.get(url)
+    assert answers["good"].endswith(b"good")  # it sees that directory
+    assert status(answers["leak"]) == 404
+    assert b"vmkernel: the file leak-1.0.zip" in answers["leak"].splitlines()[0]  # pip shows that
+    assert b"secret" not in answers["leak"]
+
+
 def test_what_of_pips_configuration_is_wrong_is_told_and_left_out(tmp_path: Path) -> None:
     (tmp_path / "wheels").mkdir()
     with (
@@ -574,6 +654,30 @@ def test_entries_that_open_too_much_are_no_entries() -> None:
                  "[::1", "*.10.0.0.1", "example..com", "-x.com", "user@host"):  # fmt: skip
         with pytest.raises(ValueError, match=r"[a-z]"):
             Policy("allow", [text])
+
+
+def test_what_is_wrong_with_an_entry_is_said_in_words_that_help() -> None:
+    for text, words in (
+        ("http://example.com", "the host only"), ("example.com/path", "the host only"),
+        ("localhost", "write 127.0.0.1:80"), ("localhost:8080", "write 127.0.0.1:8080"),
+        ("1", "in full"), ("0:80", "in full"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            Policy("allow", [text])
+
+
+def test_this_hosts_own_address_is_not_opened_by_its_network() -> None:
+    own = own_address()
+    if not own or not ipaddress.ip_address(own).is_private:
+        pytest.skip("this host has no address in a private network")
+    network = ipaddress.ip_network(f"{own}/24", strict=False)
+    ours = {each.address for many in psutil.net_if_addrs().values() for each in many}
+    neighbour = next(each for each in network.hosts() if str(each) not in ours)
+    policy = Policy("allow", [str(network)])
+    policy.judge(neighbour, 80)
+    with pytest.raises(RefusedError):
+        policy.judge(ipaddress.ip_address(own), 80)
+    Policy("allow", [f"{own}:80"]).judge(ipaddress.ip_address(own), 80)  # by itself, with its port
 
 
 def test_an_address_may_be_written_in_all_usual_ways() -> None:

@@ -283,6 +283,26 @@ async def test_what_is_hidden_does_not_come_out_under_another_name(rw: Guest) ->
     assert await rw.read(b"/ws/public/key") in DENIED
 
 
+async def test_a_directory_that_contains_what_is_hidden_cannot_be_moved(place: Place) -> None:
+    """Elsewhere it would be a place that nobody hides: the kernels' state, for one."""
+    for holder in ("holder", "holder/within"):
+        (place.inside / holder / "runtime").mkdir(parents=True)
+        (place.inside / holder / "runtime" / "key").write_bytes(SECRET)
+    (place.inside / "empty").mkdir()
+    hidden = frozenset({(b"holder", b"runtime"), (b"holder", b"within", b"runtime")})
+    async with Guest(Share(str(place.inside), hidden=hidden, writable=True)) as guest:
+        for old in (b"/ws/holder", b"/ws/holder/within"):
+            for new in (b"/ws/seen", b"/ws/empty"):
+                codes = [
+                    (await guest.ask(sftp.RENAME, s(old), s(new))).code,
+                    (await guest.extended(sftp.POSIX_RENAME, s(old), s(new))).code,
+                ]
+                assert all(code in DENIED for code in codes), (old, new)
+                assert await guest.read(new + b"/runtime/key") in DENIED
+                assert await guest.read(new + b"/within/runtime/key") in DENIED
+    assert (place.inside / "holder" / "within" / "runtime" / "key").read_bytes() == SECRET
+
+
 PROTECTED = [
     b".git", b".git/config", b".git/hooks/post-checkout", b".GIT", b".git.", b".git ", b"git~1",
     b".g\xe2\x80\x8cit", b".git::$INDEX_ALLOCATION", b"sub/.git/config", b".vscode", b".envrc",
@@ -544,6 +564,20 @@ async def test_a_server_that_hangs_is_replaced(
         assert await guest.read(b"/ws/data.csv") == sftp.BROKEN
         assert not psutil.wait_procs([server], 10)[1]
         assert await guest.read(b"/ws/data.csv") == b"a,b\n"
+
+
+async def test_another_directory_in_its_place_is_not_the_workspace(tmp_path: Path) -> None:
+    """Neither of its name, nor of the one by which Linux calls what was removed."""
+    workspace = tmp_path / "ws"
+    workspace.mkdir()
+    async with Guest(Share(str(workspace))) as guest:
+        workspace.rmdir()
+        for name in ("ws", "ws (deleted)"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "secret").write_bytes(SECRET)
+        assert await guest.read(b"/ws/secret") in DENIED
+        assert await guest.list(b"/ws") in DENIED
+        assert "gone" in guest.gate.problem
 
 
 async def test_a_directory_that_is_renamed_stays_the_same(place: Place) -> None:
