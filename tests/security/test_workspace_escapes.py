@@ -534,19 +534,56 @@ async def test_handles_that_were_not_given_open_nothing(rw: Guest) -> None:
     assert (await rw.ask(sftp.READ, s(opened.text), size)).code in DENIED
 
 
-async def test_handles_do_not_outlive_their_server(rw: Guest, place: Place) -> None:
-    """The server dies in the midst of work: its handles are gone, everything else goes on."""
-    opened = await rw.open(b"/ws/data.csv", sftp.PFLAG_READ)
-    pid = rw.gate.server_pid
+READ = struct.pack(">QI", 0, 100)
+
+
+async def kill_server(guest: Guest) -> None:
+    """And wait until the gate knows."""
+    pid = guest.gate.server_pid
     os.kill(pid, signal.SIGKILL)
-    while rw.gate.server_pid == pid:
+    while guest.gate.server_pid == pid:
         await asyncio.sleep(0.01)
-    answer = await rw.ask(sftp.READ, s(opened.text), struct.pack(">QI", 0, 100))
-    assert answer.code == sftp.BROKEN
-    assert await rw.read(b"/ws/data.csv") == b"a,b\n"  # another one
-    answer = await rw.ask(sftp.READ, s(opened.text), struct.pack(">QI", 0, 100))
-    assert answer.code == sftp.BROKEN  # though it has a handle of that number, too
+
+
+async def test_what_is_read_is_read_on_at_the_next_server(rw: Guest, place: Place) -> None:
+    """To sshfs an error would be the end of the file: half of it would pass for the whole."""
+    opened = await rw.open(b"/ws/data.csv", sftp.PFLAG_READ)
+    await kill_server(rw)
+    answers = await asyncio.gather(*(rw.ask(sftp.READ, s(opened.text), READ) for _ in range(9)))
+    assert {answer.text for answer in answers} == {b"a,b\n"}
     assert rw.gate.statistics.servers == 2
+    assert (await rw.ask(sftp.CLOSE, s(opened.text))).code == sftp.OK
+    assert (await rw.ask(sftp.READ, s(opened.text), READ)).code == sftp.BROKEN
+    assert not rw.told
+
+
+async def test_a_file_that_is_another_by_then_is_not_read_on(rw: Guest, place: Place) -> None:
+    """Neither is one that was open for writing; and the cell is told."""
+    opened = await rw.open(b"/ws/data.csv", sftp.PFLAG_READ)
+    written = await rw.open(b"/ws/own", sftp.PFLAG_READ | sftp.PFLAG_WRITE | sftp.PFLAG_CREATE)
+    await kill_server(rw)
+    (place.inside / "data.csv").write_text("something else\n")
+    answers = await asyncio.gather(*(rw.ask(sftp.READ, s(opened.text), READ) for _ in range(9)))
+    assert {answer.code for answer in answers} == {sftp.BROKEN}
+    assert any("'data.csv'" in line for line in rw.told)
+    assert (await rw.ask(sftp.READ, s(written.text), READ)).code == sftp.BROKEN
+    assert any("'own'" in line for line in rw.told)
+    place_and_data = struct.pack(">Q", 0) + s(b"x")
+    assert (await rw.ask(sftp.WRITE, s(written.text), place_and_data)).code in DENIED
+    assert await rw.read(b"/ws/data.csv") == b"something else\n"  # another handle
+    assert (await rw.ask(sftp.READ, s(opened.text), READ)).code == sftp.BROKEN
+
+
+async def test_servers_that_die_one_after_another_leave_nobody_waiting(rw: Guest) -> None:
+    opened = await rw.open(b"/ws/data.csv", sftp.PFLAG_READ)
+    for _ in range(7):
+        asking = [asyncio.create_task(rw.ask(sftp.READ, s(opened.text), READ)) for _ in range(5)]
+        await asyncio.sleep(0)
+        if pid := rw.gate.server_pid:
+            os.kill(pid, signal.SIGKILL)
+        async with asyncio.timeout(20):
+            answers = await asyncio.gather(*asking)
+        assert {answer.code for answer in answers} <= {-1, sftp.BROKEN}
 
 
 async def test_a_server_that_hangs_is_replaced(
@@ -561,7 +598,7 @@ async def test_a_server_that_hangs_is_replaced(
             if process.name() == "sftp-server"
         )
         server.suspend()
-        assert await guest.read(b"/ws/data.csv") == sftp.BROKEN
+        assert await guest.read(b"/ws/data.csv") == sftp.BROKEN  # it was to be opened
         assert not psutil.wait_procs([server], 10)[1]
         assert await guest.read(b"/ws/data.csv") == b"a,b\n"
 

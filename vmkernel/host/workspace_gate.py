@@ -13,7 +13,8 @@ is one that its request can have.
 * Only a regular file is opened: a FIFO would keep the server waiting.
 * The server is started at the first request that needs it, replaced when it died or does not
   answer, and ended when nobody has used it for a while.  The guest's sshfs never sees an end of its
-  connection.  A handle of a server that is gone is an I/O error.
+  connection.  A file that was being read is opened again at the next server
+  (`host.workspace_reads`); another handle of a server that is gone is an I/O error.
 
 What a link leads to is not judged here, where it could change a moment later: on the server's mount
 no link is followed (`host.workspace_server`).
@@ -67,6 +68,8 @@ class _Pending(msgspec.Struct):
     expected: tuple[int, ...]
     then: Callable[[memoryview], bytes | None]
     """What the answer becomes for the guest; None: another request has taken its place."""
+    again: Callable[[], None] | None = None
+    """What is to be done when the server ends before it has answered; None: it failed."""
 
 
 class Gate(asyncio.Protocol):
@@ -263,6 +266,7 @@ class Gate(asyncio.Protocol):
         expected: tuple[int, ...],
         then: Callable[[memoryview], bytes | None],
         *parts: bytes,
+        again: Callable[[], None] | None = None,
     ) -> None:
         """Pass a request on, as `host.workspace_requests` wants it.
 
@@ -277,7 +281,7 @@ class Gate(asyncio.Protocol):
         if not self._pending:
             self._last = loop.time()
         self._next = (self._next + 1) & 0xFFFFFFFF
-        self._pending[self._next] = _Pending(number, expected, then)
+        self._pending[self._next] = _Pending(number, expected, then, again)
         server.write(sftp.packet(kind, self._next, *parts))
         if self._watch is None:
             self._watch = loop.call_later(PATIENCE, self._look)
@@ -338,7 +342,8 @@ class Gate(asyncio.Protocol):
         self._server_choked = self.looking = False
         self._requests.forget()
         pending, self._pending = self._pending, {}
-        for request in pending.values():
+        lost = [request for request in pending.values() if request.again is None]
+        for request in lost:
             self.reply(sftp.status(request.number, sftp.BROKEN))
         if self._closed or self._guest is None:
             return
@@ -350,6 +355,12 @@ class Gate(asyncio.Protocol):
             self._failures = 0
             self._not_before = asyncio.get_running_loop().time() + PAUSE
             self._news(f"the workspace cannot be served: {why}")
+        for request in pending.values():
+            if request.again is not None:
+                try:
+                    request.again()
+                except RefusedError as refusal:
+                    self.reply(sftp.status(request.number, refusal.code))
         self._work()
 
     def _drop_server(self) -> None:

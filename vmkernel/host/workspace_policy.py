@@ -44,7 +44,7 @@ class Policy:
     def __init__(self, share: Share, news: Callable[[str], None]) -> None:
         self.share = share
         self.statistics = Statistics()
-        self._news = news
+        self.news = news
 
     def path(self, packet: sftp.Packet) -> Place:
         """The next field, which is to be a path."""
@@ -81,7 +81,7 @@ class Policy:
             raise RefusedError(sftp.PERMISSION_DENIED, "the workspace is read-only")
         if not place or any(is_protected(name) for name in place):
             if place:
-                self._news(
+                self.news(
                     "names that programs of the host obey or that hold secrets cannot be written "
                     "in the workspace (docs/workspace.md)"
                 )
@@ -108,7 +108,7 @@ class Policy:
         """Whether one more may be made."""
         if self.statistics.files < self.share.files:
             return True
-        self._news(
+        self.news(
             f"the workspace's limit of {self.share.files} new files for one VM is reached "
             "(setting workspace_files)"
         )
@@ -127,7 +127,7 @@ class Policy:
     def count_bytes(self, end: int, size: int, limit: int) -> None:
         """So many are about to be written, up to ``end`` of a file.  Raises RefusedError."""
         if self.statistics.written + size > self.share.size or end > limit:
-            self._news(
+            self.news(
                 f"the workspace's limit of {self.share.size >> 20} MiB written by one VM is "
                 "reached (setting workspace_size)"
             )

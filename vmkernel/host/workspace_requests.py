@@ -10,59 +10,24 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Callable
-from typing import Protocol
-
-import msgspec
 
 from vmkernel.errors import ProtocolError
 from vmkernel.host.workspace import Place
 from vmkernel.host.workspace_policy import Policy, RefusedError
+from vmkernel.host.workspace_reads import (
+    MOST_READ,
+    Handle,
+    Link,
+    Reads,
+    appearance,
+    code_of,
+    encode,
+    status_for,
+)
 from vmkernel.protocol import sftp
-
-MOST_READ = 128 << 10
-"""Bytes that one request may read: an answer may come short."""
 
 _WORD = struct.Struct(">I")
 _HANDLE = struct.Struct(">II")
-
-
-class Link(Protocol):
-    """What the requests need of the gate."""
-
-    root: sftp.Attributes
-    """The workspace's own, as they were"""
-    looking: bool
-    """Whether a file is looked at before it is opened: what comes next must not overtake it"""
-
-    @property
-    def has_server(self) -> bool:
-        """Whether one runs."""
-
-    def reply(self, answer: bytes) -> None:
-        """To the guest."""
-
-    def send(
-        self,
-        number: int,
-        kind: int,
-        expected: tuple[int, ...],
-        then: Callable[[memoryview], bytes | None],
-        *parts: bytes,
-    ) -> None:
-        """To the server; ``then`` makes of its answer, of an ``expected`` kind, the guest's.
-
-        Where that is None, another request has taken its place.  Raises RefusedError.
-        """
-
-
-class _Handle(msgspec.Struct):
-    server: bytes
-    kind: int
-    """What the request was that opened it: OPEN or OPENDIR."""
-    writable: bool
-    place: Place
-    limit: int
-    """How long the file may become."""
 
 
 class Requests:
@@ -72,8 +37,9 @@ class Requests:
         self._policy = policy
         self._link = link
         self._generation = 0
-        self._handles: dict[int, _Handle] = {}
+        self._handles: dict[int, Handle] = {}
         self._next_handle = 0
+        self._reads = Reads(policy, link)
 
     @property
     def handles(self) -> int:
@@ -88,8 +54,11 @@ class Requests:
         handler(self, number, packet)
 
     def forget(self) -> None:
-        """The server is gone, and its handles with it."""
-        self._handles.clear()
+        """The server is gone, and its handles with it; what was read can be opened again."""
+        for key, handle in [*self._handles.items()]:
+            handle.server = b""
+            if handle.kind != sftp.OPEN:
+                del self._handles[key]
         self._generation = (self._generation + 1) & 0xFFFFFFFF
 
     def _open(self, number: int, packet: sftp.Packet) -> None:
@@ -103,28 +72,30 @@ class Requests:
             self._policy.may_write(place)
         mode = self._policy.mode(attributes)
         given = sftp.Attributes(mode=mode) if flags & sftp.PFLAG_CREATE else sftp.Attributes()
-        target = _encode(place)
+        target = encode(place)
         size = 0
+        looks: tuple[object, ...] = ()
 
         def opened(answer: memoryview) -> bytes | None:
             if answer[0] != sftp.HANDLE:
-                return _status_for(number, answer)
+                return status_for(number, answer)
             limit = size + self._policy.share.size
-            return self._new_handle(number, answer, sftp.OPEN, bool(writes), place, limit)
+            return self._new_handle(number, answer, sftp.OPEN, bool(writes), place, limit, looks)
 
         def looked(answer: memoryview) -> bytes | None:
-            nonlocal size
+            nonlocal size, looks
             self._link.looking = False
             if answer[0] == sftp.ATTRS:
                 fields = sftp.Packet(answer)
                 fields.number()
                 there = fields.attributes()
                 found, size = there.mode or 0, there.size or 0
+                looks = () if writes else appearance(there)
                 if not stat.S_ISREG(found):
                     code = sftp.FAILURE if stat.S_ISDIR(found) else sftp.PERMISSION_DENIED
                     return sftp.status(number, code)
-            elif not (_code(answer) == sftp.NO_SUCH_FILE and flags & sftp.PFLAG_CREATE):
-                return _status_for(number, answer)
+            elif not (code_of(answer) == sftp.NO_SUCH_FILE and flags & sftp.PFLAG_CREATE):
+                return status_for(number, answer)
             elif not self._policy.room_for_file():
                 return sftp.status(number, sftp.BROKEN)
             else:
@@ -142,28 +113,16 @@ class Requests:
         key, handle = self._handle(packet)
         packet.end()
         del self._handles[key]
-        self._send_status(number, sftp.CLOSE, sftp.string(handle.server))
+        if handle.server:
+            self._send_status(number, sftp.CLOSE, sftp.string(handle.server))
+        else:
+            self._link.reply(sftp.status(number, sftp.OK))
 
     def _read(self, number: int, packet: sftp.Packet) -> None:
         _, handle = self._handle(packet, sftp.OPEN)
         offset, size = packet.long(), min(packet.number(), MOST_READ)
         packet.end()
-
-        def read(answer: memoryview) -> bytes:
-            if answer[0] == sftp.STATUS:
-                return _status_for(number, answer)
-            fields = sftp.Packet(answer)
-            fields.number()
-            data = fields.string()
-            fields.end()
-            if len(data) > size:
-                raise ProtocolError("more than was asked for")
-            return sftp.packet(sftp.DATA, number, sftp.string(data))
-
-        self._link.send(
-            number, sftp.READ, (sftp.DATA, sftp.STATUS), read,
-            sftp.string(handle.server), struct.pack(">QI", offset, size),
-        )  # fmt: skip
+        self._reads.read(number, handle, offset, size)
 
     def _write(self, number: int, packet: sftp.Packet) -> None:
         _, handle = self._handle(packet, sftp.OPEN)
@@ -183,7 +142,7 @@ class Requests:
         if not place and not self._link.has_server:  # to enter a directory is not to use it
             self._link.reply(sftp.packet(sftp.ATTRS, number, self._link.root.encode()))
             return
-        self._send_attributes(number, kind, sftp.string(_encode(place)))
+        self._send_attributes(number, kind, sftp.string(encode(place)))
 
     def _stat(self, number: int, packet: sftp.Packet) -> None:
         self._lstat(number, packet, sftp.STAT)
@@ -191,6 +150,9 @@ class Requests:
     def _fstat(self, number: int, packet: sftp.Packet) -> None:
         _, handle = self._handle(packet)
         packet.end()
+        if not handle.server:
+            self._send_attributes(number, sftp.LSTAT, sftp.string(encode(handle.place)))
+            return
         self._send_attributes(number, sftp.FSTAT, sftp.string(handle.server))
 
     def _setstat(self, number: int, packet: sftp.Packet) -> None:
@@ -201,7 +163,7 @@ class Requests:
         self._send_status(
             number,
             sftp.SETSTAT,
-            sftp.string(_encode(place)),
+            sftp.string(encode(place)),
             self._policy.changes(attributes, self._policy.share.size),
         )
 
@@ -223,11 +185,11 @@ class Requests:
 
         def opened(answer: memoryview) -> bytes:
             if answer[0] != sftp.HANDLE:
-                return _status_for(number, answer)
+                return status_for(number, answer)
             return self._new_handle(number, answer, sftp.OPENDIR, False, place)
 
         self._link.send(
-            number, sftp.OPENDIR, (sftp.HANDLE, sftp.STATUS), opened, sftp.string(_encode(place))
+            number, sftp.OPENDIR, (sftp.HANDLE, sftp.STATUS), opened, sftp.string(encode(place))
         )
 
     def _readdir(self, number: int, packet: sftp.Packet) -> None:
@@ -236,7 +198,7 @@ class Requests:
 
         def read(answer: memoryview) -> bytes | None:
             if answer[0] == sftp.STATUS:
-                return _status_for(number, answer)
+                return status_for(number, answer)
             fields = sftp.Packet(answer)
             fields.number()
             entries = []
@@ -265,11 +227,11 @@ class Requests:
         self._policy.may_write(place)
 
         def removed(answer: memoryview) -> bytes:
-            if _code(answer) == sftp.OK:
+            if code_of(answer) == sftp.OK:
                 self._policy.made_nothing()
-            return _status_for(number, answer)
+            return status_for(number, answer)
 
-        self._link.send(number, kind, (sftp.STATUS,), removed, sftp.string(_encode(place)))
+        self._link.send(number, kind, (sftp.STATUS,), removed, sftp.string(encode(place)))
 
     def _rmdir(self, number: int, packet: sftp.Packet) -> None:
         self._remove(number, packet, sftp.RMDIR)
@@ -281,13 +243,13 @@ class Requests:
         self._policy.may_write(place)
         given = sftp.Attributes(mode=self._policy.mode(attributes))
         self._policy.count_file()
-        self._send_new(number, sftp.MKDIR, sftp.string(_encode(place)), given.encode())
+        self._send_new(number, sftp.MKDIR, sftp.string(encode(place)), given.encode())
 
     def _realpath(self, number: int, packet: sftp.Packet) -> None:
         path = bytes(packet.string())
         packet.end()
         place = () if path == b"." else self._policy.checked(path)
-        words = (_WORD.pack(1), sftp.string(_encode(place)), sftp.string(b""))
+        words = (_WORD.pack(1), sftp.string(encode(place)), sftp.string(b""))
         self._link.reply(sftp.packet(sftp.NAME, number, *words, sftp.Attributes().encode()))
 
     def _rename(self, number: int, packet: sftp.Packet, extension: bytes = b"") -> None:
@@ -297,7 +259,7 @@ class Requests:
             self._policy.may_write(place)
             if any(hidden[: len(place)] == place for hidden in self._policy.share.hidden):
                 raise RefusedError(sftp.PERMISSION_DENIED)
-        names = (sftp.string(_encode(old)), sftp.string(_encode(new)))
+        names = (sftp.string(encode(old)), sftp.string(encode(new)))
         if extension:
             self._send_status(number, sftp.EXTENDED, sftp.string(extension), *names)
         else:
@@ -309,7 +271,7 @@ class Requests:
 
         def read(answer: memoryview) -> bytes:
             if answer[0] == sftp.STATUS:
-                return _status_for(number, answer)
+                return status_for(number, answer)
             fields = sftp.Packet(answer)
             fields.number()
             if fields.number() != 1:
@@ -318,7 +280,7 @@ class Requests:
             return sftp.packet(sftp.NAME, number, *words, sftp.Attributes().encode())
 
         self._link.send(
-            number, sftp.READLINK, (sftp.NAME, sftp.STATUS), read, sftp.string(_encode(place))
+            number, sftp.READLINK, (sftp.NAME, sftp.STATUS), read, sftp.string(encode(place))
         )
 
     def _symlink(self, number: int, packet: sftp.Packet) -> None:
@@ -327,7 +289,7 @@ class Requests:
         self._policy.may_write(place)
         self._policy.check_target(target)
         self._policy.count_file()
-        self._send_new(number, sftp.SYMLINK, sftp.string(target), sftp.string(_encode(place)))
+        self._send_new(number, sftp.SYMLINK, sftp.string(target), sftp.string(encode(place)))
 
     def _extended(self, number: int, packet: sftp.Packet) -> None:
         name = bytes(packet.string())
@@ -339,12 +301,12 @@ class Requests:
             self._policy.may_write(old)
             self._policy.may_write(new)
             self._policy.count_file()
-            names = (sftp.string(_encode(old)), sftp.string(_encode(new)))
+            names = (sftp.string(encode(old)), sftp.string(encode(new)))
             self._send_new(number, sftp.EXTENDED, sftp.string(name), *names)
         elif name == sftp.STATVFS:
             place = self._policy.path(packet)
             packet.end()
-            self._send_raw(number, sftp.string(name), sftp.string(_encode(place)))
+            self._send_raw(number, sftp.string(name), sftp.string(encode(place)))
         elif name == sftp.FSTATVFS:
             _, handle = self._handle(packet)
             packet.end()
@@ -356,13 +318,13 @@ class Requests:
         else:
             raise RefusedError(sftp.UNSUPPORTED)
 
-    def _handle(self, packet: sftp.Packet, kind: int = 0) -> tuple[int, _Handle]:
+    def _handle(self, packet: sftp.Packet, kind: int = 0) -> tuple[int, Handle]:
         given = packet.string()
         if len(given) != _HANDLE.size:
             raise RefusedError(sftp.BROKEN, "no such handle")
         generation, key = _HANDLE.unpack(given)
         handle = self._handles.get(key)
-        if generation != self._generation or handle is None:
+        if handle is None or generation != handle.generation:
             raise RefusedError(sftp.BROKEN, "no such handle")
         if kind and handle.kind != kind:
             raise RefusedError(sftp.BROKEN, "a handle of another kind")
@@ -376,6 +338,7 @@ class Requests:
         writable: bool,
         place: Place,
         limit: int = 0,
+        looks: tuple[object, ...] = (),
     ) -> bytes:
         fields = sftp.Packet(answer)
         fields.number()
@@ -383,12 +346,13 @@ class Requests:
         fields.end()
         self._next_handle = (self._next_handle + 1) & 0xFFFFFFFF
         key = self._next_handle
-        self._handles[key] = _Handle(value, kind, writable, place, limit)
+        made = Handle(value, kind, writable, place, limit, self._generation, looks)
+        self._handles[key] = made
         return sftp.packet(sftp.HANDLE, number, sftp.string(_HANDLE.pack(self._generation, key)))
 
     def _send_status(self, number: int, kind: int, *parts: bytes) -> None:
         def answered(answer: memoryview) -> bytes:
-            return _status_for(number, answer)
+            return status_for(number, answer)
 
         self._link.send(number, kind, (sftp.STATUS,), answered, *parts)
 
@@ -396,16 +360,16 @@ class Requests:
         """A request that makes something: it was counted, which is taken back where it failed."""
 
         def made(answer: memoryview) -> bytes:
-            if _code(answer) != sftp.OK:
+            if code_of(answer) != sftp.OK:
                 self._policy.made_nothing()
-            return _status_for(number, answer)
+            return status_for(number, answer)
 
         self._link.send(number, kind, (sftp.STATUS,), made, *parts)
 
     def _send_attributes(self, number: int, kind: int, *parts: bytes) -> None:
         def answered(answer: memoryview) -> bytes:
             if answer[0] == sftp.STATUS:
-                return _status_for(number, answer)
+                return status_for(number, answer)
             fields = sftp.Packet(answer)
             fields.number()
             attributes = fields.attributes()
@@ -419,31 +383,12 @@ class Requests:
 
         def answered(answer: memoryview) -> bytes:
             if answer[0] == sftp.STATUS:
-                return _status_for(number, answer)
+                return status_for(number, answer)
             if len(answer) != 5 + 11 * 8:
                 raise ProtocolError("not what a file system is like")
             return sftp.packet(sftp.EXTENDED_REPLY, number, answer[5:])
 
         self._link.send(number, sftp.EXTENDED, (sftp.EXTENDED_REPLY, sftp.STATUS), answered, *parts)
-
-
-def _encode(place: Place) -> bytes:
-    return b"/".join((sftp.ROOT, *place))
-
-
-def _code(answer: memoryview) -> int:
-    if answer[0] != sftp.STATUS or len(answer) < 9:
-        return -1
-    (code,) = _WORD.unpack_from(answer, 5)
-    return int(code)
-
-
-def _status_for(number: int, answer: memoryview) -> bytes:
-    """The server's status, without its words: those are none of the guest's business."""
-    code = _code(answer)
-    if code < 0:
-        raise ProtocolError("a status without a code")
-    return sftp.status(number, code if code <= sftp.UNSUPPORTED else sftp.FAILURE)
 
 
 def _seen(attributes: sftp.Attributes) -> sftp.Attributes:
