@@ -188,6 +188,7 @@ class Agent:
             if self._template:
                 # Again, as the guest kernel shares our memory by now: what this writes to is ours
                 self._rehearse_wake()
+                self._workspace.hide()
                 os.sync()  # a clone has nothing to write back
             self.send(messages.Ready(report))
 
@@ -291,7 +292,20 @@ class Agent:
                 self._receive()
                 reply = messages.decode(theirs.recv(1 << 16)[8:], messages.Reply)
                 assert not reply.error, reply.error
+                self._rehearse_workspace(theirs)
         self.port, self._template = usual, template
+
+    def _rehearse_workspace(self, theirs: socket.socket) -> None:
+        """Show the workspace, as a clone does next; it stays for the guest kernel's rehearsal."""
+        if self._workspace.problem:
+            return
+        self._workspace.hide()
+        command = messages.ShowWorkspace(os.fsencode(workspace.REHEARSAL), False)
+        body = messages.encode_json(messages.Call(0, command))
+        theirs.sendall(b"".join(frames.encode(body)))
+        self._receive()
+        reply = messages.decode(theirs.recv(1 << 16)[8:], messages.Reply)
+        assert not reply.error, reply.error
 
 
 def measure_timer() -> float:

@@ -256,7 +256,8 @@ class Engine:
         place of what is done once (PEP 659): a clone would translate both, and write to memory that
         it shares.
         """
-        wake = messages.encode_json(messages.WakeKernel(os.urandom(64), {}, ""))
+        home, cwd = os.getcwd(), workspace.rehearsal()
+        wake = messages.encode_json(messages.WakeKernel(os.urandom(64), {}, cwd))
         requests = [("wake_request", wake)] * REHEARSALS
         for code in REHEARSED:
             cell = {"code": code, "silent": False, "store_history": True, "user_expressions": {}}
@@ -284,6 +285,7 @@ class Engine:
                 self._loop.remove_reader(ours)
                 self._loop.add_reader(usual, self._on_readable)
                 self.port.fd = usual
+                os.chdir(home)
         if self._idle is not None:
             self._idle.cancel()
         self._awake = self.control.awake = self._served = False

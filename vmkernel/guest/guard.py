@@ -69,6 +69,7 @@ LAST_WAIT = 10.0
 """Seconds in which the user's processes have to be gone once they were killed."""
 
 MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND = 2, 4, 32, 4096  # mount(2)
+MNT_DETACH = 2  # umount2(2)
 _MCL_CURRENT, _MCL_ONFAULT = 1, 4  # mlockall(2)
 _PR_SET_NO_NEW_PRIVS = 38  # prctl(2)
 
@@ -92,6 +93,13 @@ def mount(target: str, flags: int, options: str = "", source: str = "none") -> N
     """mount(2).  Raises OSError."""
     arguments = (os.fsencode(source), os.fsencode(target), None, flags, options.encode())
     if _libc.mount(*arguments[:3], ctypes.c_ulong(flags), arguments[4]):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), target)
+
+
+def unmount(target: str) -> None:
+    """umount2(2), though somebody may still be there.  Raises OSError."""
+    if _libc.umount2(os.fsencode(target), MNT_DETACH):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), target)
 

@@ -18,12 +18,14 @@ import select
 import time
 from contextlib import suppress
 
-from vmkernel.guest.guard import MS_BIND, MS_NODEV, MS_NOSUID, MS_REMOUNT, mount
+from vmkernel.guest.guard import MS_BIND, MS_NODEV, MS_NOSUID, MS_REMOUNT, mount, unmount
 from vmkernel.protocol.sftp import ROOT
 
 SSHFS = "/usr/bin/sshfs"
 PRIVATE = "/run/vmkernel-workspace"
 SOURCE = f"{PRIVATE}/mount"
+REHEARSAL = "/.vmkernel/rehearsal/workspace"
+"""Where the workspace appears for a while as a template is made, on the disk as all its places."""
 MOUNT_SECONDS = 15.0
 WAIT_SECONDS = 5.0
 """How long a guest kernel waits for the agent to mount the workspace."""
@@ -106,6 +108,15 @@ class Workspace:
             with suppress(BlockingIOError):
                 os.write(self._tell, b"\n")
 
+    def hide(self) -> None:
+        """Take back a :meth:`show` at `REHEARSAL`: a template must not have it."""
+        if self._path != os.fsencode(REHEARSAL):
+            return
+        unmount(REHEARSAL)
+        os.removedirs(REHEARSAL)
+        self._path = b""
+        os.read(self._told, 4096)
+
     def wait(self) -> None:
         """Until :meth:`show` was called."""
         select.select([self._told], [], [], WAIT_SECONDS)
@@ -137,3 +148,8 @@ def wait() -> None:
     """In a guest kernel: until the agent has shown the workspace, or failed to."""
     if current is not None:
         current.wait()
+
+
+def rehearsal() -> str:
+    """Where a guest kernel of a template in the making may rehearse its `chdir`; "" for nowhere."""
+    return REHEARSAL if os.path.ismount(REHEARSAL) else ""
