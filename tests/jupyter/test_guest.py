@@ -66,7 +66,10 @@ def test_the_hosts_files_are_not_there(kernel: Kernel, tmp_path: Path) -> None:
         assert cell.error["ename"] == "FileNotFoundError", path
     # nor a mount, a block device or a shared directory that leads to them
     mounts = value(kernel, "print(open('/proc/mounts').read())")
-    assert not re.search(r"9p|virtiofs|nfs|fuse|cifs", mounts)
+    # sshfs waits for a workspace where only root may go, and nothing of the host's serves it
+    lines = [line for line in mounts.splitlines() if " /run/vmkernel-workspace/" not in line]
+    assert not re.search(r"9p|virtiofs|nfs|fuse|cifs", "\n".join(lines))
+    assert kernel.run("open('/run/vmkernel-workspace/mount')").error["ename"] == "PermissionError"
     disks = value(kernel, "import os; print(sorted(os.listdir('/sys/block')))")
     assert set(re.findall(r"'(\D+?)\d*'", disks)) <= {"loop", "vda", "vdb", "ram", "zram"}
 

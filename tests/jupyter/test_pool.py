@@ -208,7 +208,7 @@ def test_another_setting_gets_another_kernel(ready: PoolHost, small_spec: str) -
     kernel = ready.kernel(small_spec, VMKERNEL_LIFETIME="1h")
     try:
         assert "lifetime      1 h" in kernel.run("%vm").stdout
-        assert ready.pool()["ready"] == 1
+        assert ready.pool()["ready"] >= 1  # the old one; there may be one of these settings by now
     finally:
         kernel.shut_down()
     direct = Kernel(small_spec, env={**ready.env, "VMKERNEL_POOL_SIZE": "0"})

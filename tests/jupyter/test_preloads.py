@@ -25,7 +25,7 @@ from kernel_client import Kernel, StartKernel
 
 from vmhost import RunningVm, VmHost
 from vmkernel.errors import VmError
-from vmkernel.image.store import FILES, MANIFEST, find_image
+from vmkernel.image.store import MANIFEST, find_image
 from vmkernel.settings import load_settings
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(400)]
@@ -318,7 +318,7 @@ def recipe(session_dir: Path, minimal_image: str) -> Recipes:
         host = VmHost(session_dir, own_cache=True)
         directory = host.directory / "images" / "mine"
         directory.mkdir(parents=True)
-        for name in FILES:
+        for name in small.manifest.files:
             os.symlink(small.directory / name, directory / name)
         changed = msgspec.structs.replace(small.recipe, name="mine", **changes)
         manifest = msgspec.structs.replace(small.manifest, recipe=changed)

@@ -159,7 +159,7 @@ class TestFailClosed:
         self, host: VmHost, monkeypatch: pytest.MonkeyPatch
     ) -> AsyncGenerator[Asleep, None]:
         """A clone whose state is loaded, and that runs, but was not woken."""
-        monkeypatch.setattr("vmkernel.host.waking.write_ahead", lambda sock, env: None)
+        monkeypatch.setattr("vmkernel.host.waking.write_ahead", lambda *arguments: None)
         asleep = Asleep(host)
         await asleep.bring_up()
         yield asleep

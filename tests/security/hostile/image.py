@@ -31,7 +31,7 @@ def make_image(
     """Put an image into ``images_dir`` whose kernel says that of itself; its name."""
     target = images_dir / name
     target.mkdir(parents=True)
-    for file in (store.ROOTFS, store.KERNEL, store.LOCK):
+    for file in set(source.manifest.files) - {store.INITRD}:
         try:
             (target / file).hardlink_to(source.directory / file)
         except OSError:  # another file system, or another user's file
