@@ -338,6 +338,97 @@ async def test_what_is_protected_is_not_written_through_its_directory_moved(rw: 
     assert (await rw.ask(sftp.RENAME, s(b"/ws/sub2"), s(b"/ws/sub"))).code == sftp.OK
 
 
+IN_REPOSITORIES = [
+    ".git/config", ".git/config.worktree", ".git/config.lock", ".git/config~", "sub/.git/config",
+    ".git/modules/deep/er/config", ".git/worktrees/tree/config.worktree", ".git/annex/creds/s3",
+    ".git/credentials", "bare.git/config", "git~1/config", ".hg/hgrc", ".svn/auth/simple",
+    ".bzr/branch/branch.conf", "bare.git/refs/.git/config",
+]  # fmt: skip
+READABLE_IN_REPOSITORIES = [
+    ".git/HEAD", ".git/refs/heads/config", ".git/logs/refs/heads/config", ".git/index",
+    "bare.git/HEAD", ".hg/store/data/config.i", "config", "sub/config", "auth/hgrc",
+]  # fmt: skip
+
+
+async def test_what_a_repository_knows_of_passwords_is_not_seen(rw: Guest, place: Place) -> None:
+    for name in IN_REPOSITORIES + READABLE_IN_REPOSITORIES:
+        (place.inside / name).parent.mkdir(parents=True, exist_ok=True)
+        (place.inside / name).write_bytes(SECRET)
+    place.before = look(place.directory)
+    for name in IN_REPOSITORIES:
+        path = b"/ws/" + name.encode()
+        assert await rw.read(path) == sftp.NO_SUCH_FILE, name
+        assert (await rw.ask(sftp.LSTAT, s(path))).code == sftp.NO_SUCH_FILE, name
+        for words in ((), (sftp.POSIX_RENAME,), (sftp.HARDLINK,)):
+            first, kind = [s(each) for each in words], sftp.EXTENDED if words else sftp.RENAME
+            assert (await rw.ask(kind, *first, s(path), s(b"/ws/seen"))).code in DENIED, name
+    listed = await rw.list(b"/ws/.git")
+    assert isinstance(listed, set)
+    assert {b"HEAD", b"index", b"refs"} <= listed
+    assert not {b"config", b"config~", b"config.lock", b"credentials"} & listed
+    for name in READABLE_IN_REPOSITORIES:
+        assert await rw.read(b"/ws/" + name.encode()) == SECRET, name
+    assert (await rw.ask(sftp.RENAME, s(b"/ws/bare.git"), s(b"/ws/bare"))).code in DENIED
+
+
+def repository(directory: Path) -> Path:
+    """A bare one as git makes it, with no name that tells."""
+    for name in ("hooks", "objects/ab", "refs/heads", "worktrees/tree"):
+        (directory / name).mkdir(parents=True)
+    for name in ("HEAD", "config", "hooks/post-update", "objects/ab/cd", "worktrees/tree/HEAD"):
+        (directory / name).write_text(name)
+    return directory
+
+
+@pytest.mark.parametrize("name", ["mirror", "sub/mirror", "mirror.git"])
+async def test_nothing_is_written_in_a_repository(rw: Guest, place: Place, name: str) -> None:
+    before = look(repository(place.inside / name))
+    top = b"/ws/" + name.encode()
+    assert await rw.read(top + b"/objects/ab/cd") == b"objects/ab/cd"
+    for inner in (
+        b"/config", b"/config.worktree", b"/commondir", b"/hooks", b"/hooks/post-update", b"/HEAD",
+        b"/hooks/new", b"/objects/ab/cd", b"/refs/heads/new", b"/worktrees/tree/commondir",
+    ):  # fmt: skip
+        path = top + inner
+        assert await rw.write(path, b"pwned") in DENIED, inner
+        assert await rw.write(path, b"pwned", sftp.PFLAG_WRITE) in DENIED, inner
+        assert (await rw.ask(sftp.MKDIR, s(path), attributes(mode=0o755))).code in DENIED, inner
+        assert (await rw.ask(sftp.SYMLINK, s(b"sub"), s(path))).code in DENIED, inner
+        for kind in (sftp.REMOVE, sftp.RMDIR):
+            assert (await rw.ask(kind, s(path))).code in DENIED, inner
+        assert (await rw.ask(sftp.SETSTAT, s(path), attributes(mode=0o777))).code in DENIED, inner
+        opened = await rw.open(path, sftp.PFLAG_READ)
+        if opened.kind == sftp.HANDLE:
+            answer = await rw.ask(sftp.FSETSTAT, s(opened.text), attributes(mode=0o777))
+            assert answer.code in DENIED, inner
+        for words in ((), (sftp.POSIX_RENAME,), (sftp.HARDLINK,)):
+            first, kind = [s(each) for each in words], sftp.EXTENDED if words else sftp.RENAME
+            answer = await rw.ask(kind, *first, s(b"/ws/data.csv"), s(path))
+            assert answer.code in DENIED, inner
+            answer = await rw.ask(kind, *first, s(path), s(b"/ws/moved"))
+            assert answer.code in DENIED, inner
+    assert look(place.inside / name) == before
+    assert not os.path.lexists(place.inside / "moved")
+    assert await rw.write(b"/ws/sub/new", b"x") == sftp.OK  # beside it, as always
+
+
+async def test_a_repository_is_not_written_behind_a_rename_on_its_way(
+    rw: Guest, place: Place
+) -> None:
+    """Nothing waits for an answer: what is asked about is what is there when it is done."""
+    repository(place.inside / "sub" / "mirror")
+    (place.inside / "other").mkdir()
+    answers = await asyncio.gather(
+        rw.ask(sftp.RENAME, s(b"/ws/other"), s(b"/ws/aside")),
+        rw.ask(sftp.RENAME, s(b"/ws/sub/mirror"), s(b"/ws/other")),
+        rw.open(b"/ws/other/config", CREATE | sftp.PFLAG_TRUNCATE),
+    )
+    assert [answer.code for answer in answers[:2]] == [sftp.OK, sftp.OK]
+    assert answers[2].kind == sftp.STATUS
+    assert answers[2].code == sftp.PERMISSION_DENIED
+    assert (place.inside / "other" / "config").read_text() == "config"
+
+
 async def test_read_only_is_read_only_for_each_kind_of_request(ro: Guest, place: Place) -> None:
     before = look(place.inside)
     flags = (2, 4, 8, 16, 32)

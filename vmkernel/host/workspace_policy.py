@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Callable
+from typing import NoReturn
 
 import msgspec
 
 from vmkernel.host.workspace import Place, Share
-from vmkernel.host.workspace_names import is_hidden, is_protected
+from vmkernel.host.workspace_names import is_hidden_place, is_protected
 from vmkernel.protocol import sftp
 
 MAX_NAME, MAX_PATH = 255, 4096
@@ -73,7 +74,7 @@ class Policy:
             return True
         if share.hidden and any(place[: len(hidden)] == hidden for hidden in share.hidden):
             return True
-        return any(is_hidden(name) for name in place)
+        return is_hidden_place(place)
 
     def may_write(self, place: Place) -> None:
         """Raises RefusedError where nothing may be written."""
@@ -86,6 +87,14 @@ class Policy:
                     "in the workspace (docs/workspace.md)"
                 )
             raise RefusedError(sftp.PERMISSION_DENIED, "a protected name")
+
+    def refuse_repository(self) -> NoReturn:
+        """Something was to be written in a directory that has a HEAD.  Raises RefusedError."""
+        self.news(
+            "a directory with a file HEAD is a repository to git: nothing in it can be written in "
+            "the workspace (docs/workspace.md)"
+        )
+        raise RefusedError(sftp.PERMISSION_DENIED, "a repository")
 
     def mode(self, attributes: sftp.Attributes) -> int | None:
         """The permissions that are given to something new or old."""

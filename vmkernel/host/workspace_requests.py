@@ -61,6 +61,37 @@ class Requests:
                 del self._handles[key]
         self._generation = (self._generation + 1) & 0xFFFFFFFF
 
+    def _write_at(self, number: int, places: tuple[Place, ...], write: Callable[[], None]) -> None:
+        """Have something written at these places, unless one of them lies in a repository.
+
+        Git obeys what stands beside a HEAD: ``config``, ``hooks``, ``commondir``.  No guest makes
+        one, but it may be there.  The server is asked, and nothing overtakes the question: what is
+        looked at here could be moved by a request that is on its way.  Raises RefusedError.
+        """
+        for place in places:
+            self._policy.may_write(place)
+        above = {place[:depth] for place in places for depth in range(len(place))}
+        heads = [sftp.string(encode((*directory, b"HEAD"))) for directory in sorted(above)]
+
+        def ask() -> None:
+            expected = (sftp.ATTRS, sftp.STATUS)
+            self._link.send(number, sftp.LSTAT, expected, looked, heads.pop())
+            self._link.looking = True
+
+        def looked(answer: memoryview) -> bytes | None:
+            self._link.looking = False
+            if answer[0] == sftp.ATTRS:
+                self._policy.refuse_repository()
+            if code_of(answer) != sftp.NO_SUCH_FILE:
+                return status_for(number, answer)
+            if heads:
+                ask()
+            else:
+                write()
+            return None
+
+        ask()
+
     def _open(self, number: int, packet: sftp.Packet) -> None:
         place = self._policy.path(packet)
         flags, attributes = packet.number(), packet.attributes()
@@ -68,8 +99,6 @@ class Requests:
         writes = flags & ~sftp.PFLAG_READ
         if flags & ~0x3F or not flags & (sftp.PFLAG_READ | sftp.PFLAG_WRITE):
             raise ProtocolError("flags that mean nothing")
-        if writes:
-            self._policy.may_write(place)
         mode = self._policy.mode(attributes)
         given = sftp.Attributes(mode=mode) if flags & sftp.PFLAG_CREATE else sftp.Attributes()
         target = encode(place)
@@ -106,8 +135,15 @@ class Requests:
             )  # fmt: skip
             return None
 
-        self._link.send(number, sftp.LSTAT, (sftp.ATTRS, sftp.STATUS), looked, sftp.string(target))
-        self._link.looking = True
+        def look() -> None:
+            expected = (sftp.ATTRS, sftp.STATUS)
+            self._link.send(number, sftp.LSTAT, expected, looked, sftp.string(target))
+            self._link.looking = True
+
+        if writes:
+            self._write_at(number, (place,), look)
+        else:
+            look()
 
     def _close(self, number: int, packet: sftp.Packet) -> None:
         key, handle = self._handle(packet)
@@ -159,25 +195,23 @@ class Requests:
         place = self._policy.path(packet)
         attributes = packet.attributes()
         packet.end()
-        self._policy.may_write(place)
-        self._send_status(
-            number,
-            sftp.SETSTAT,
-            sftp.string(encode(place)),
-            self._policy.changes(attributes, self._policy.share.size),
-        )
+
+        def change() -> None:
+            changes = self._policy.changes(attributes, self._policy.share.size)
+            self._send_status(number, sftp.SETSTAT, sftp.string(encode(place)), changes)
+
+        self._write_at(number, (place,), change)
 
     def _fsetstat(self, number: int, packet: sftp.Packet) -> None:
         _, handle = self._handle(packet, sftp.OPEN)
         attributes = packet.attributes()
         packet.end()
-        self._policy.may_write(handle.place)
-        self._send_status(
-            number,
-            sftp.FSETSTAT,
-            sftp.string(handle.server),
-            self._policy.changes(attributes, handle.limit),
-        )
+
+        def change() -> None:
+            changes = self._policy.changes(attributes, handle.limit)
+            self._send_status(number, sftp.FSETSTAT, sftp.string(handle.server), changes)
+
+        self._write_at(number, (handle.place,), change)
 
     def _opendir(self, number: int, packet: sftp.Packet) -> None:
         place = self._policy.path(packet)
@@ -224,14 +258,16 @@ class Requests:
     def _remove(self, number: int, packet: sftp.Packet, kind: int = sftp.REMOVE) -> None:
         place = self._policy.path(packet)
         packet.end()
-        self._policy.may_write(place)
 
         def removed(answer: memoryview) -> bytes:
             if code_of(answer) == sftp.OK:
                 self._policy.made_nothing()
             return status_for(number, answer)
 
-        self._link.send(number, kind, (sftp.STATUS,), removed, sftp.string(encode(place)))
+        def remove() -> None:
+            self._link.send(number, kind, (sftp.STATUS,), removed, sftp.string(encode(place)))
+
+        self._write_at(number, (place,), remove)
 
     def _rmdir(self, number: int, packet: sftp.Packet) -> None:
         self._remove(number, packet, sftp.RMDIR)
@@ -240,10 +276,13 @@ class Requests:
         place = self._policy.path(packet)
         attributes = packet.attributes()
         packet.end()
-        self._policy.may_write(place)
         given = sftp.Attributes(mode=self._policy.mode(attributes))
-        self._policy.count_file()
-        self._send_new(number, sftp.MKDIR, sftp.string(encode(place)), given.encode())
+
+        def make() -> None:
+            self._policy.count_file()
+            self._send_new(number, sftp.MKDIR, sftp.string(encode(place)), given.encode())
+
+        self._write_at(number, (place,), make)
 
     def _realpath(self, number: int, packet: sftp.Packet) -> None:
         path = bytes(packet.string())
@@ -256,14 +295,17 @@ class Requests:
         old, new = self._policy.path(packet), self._policy.path(packet)
         packet.end()
         for place in (old, new):
-            self._policy.may_write(place)
             if any(hidden[: len(place)] == place for hidden in self._policy.share.hidden):
                 raise RefusedError(sftp.PERMISSION_DENIED)
         names = (sftp.string(encode(old)), sftp.string(encode(new)))
-        if extension:
-            self._send_status(number, sftp.EXTENDED, sftp.string(extension), *names)
-        else:
-            self._send_status(number, sftp.RENAME, *names)
+
+        def rename() -> None:
+            if extension:
+                self._send_status(number, sftp.EXTENDED, sftp.string(extension), *names)
+            else:
+                self._send_status(number, sftp.RENAME, *names)
+
+        self._write_at(number, (old, new), rename)
 
     def _readlink(self, number: int, packet: sftp.Packet) -> None:
         place = self._policy.path(packet)
@@ -286,10 +328,13 @@ class Requests:
     def _symlink(self, number: int, packet: sftp.Packet) -> None:
         target, place = bytes(packet.string()), self._policy.path(packet)  # OpenSSH's order
         packet.end()
-        self._policy.may_write(place)
         self._policy.check_target(target)
-        self._policy.count_file()
-        self._send_new(number, sftp.SYMLINK, sftp.string(target), sftp.string(encode(place)))
+
+        def make() -> None:
+            self._policy.count_file()
+            self._send_new(number, sftp.SYMLINK, sftp.string(target), sftp.string(encode(place)))
+
+        self._write_at(number, (place,), make)
 
     def _extended(self, number: int, packet: sftp.Packet) -> None:
         name = bytes(packet.string())
@@ -298,11 +343,13 @@ class Requests:
         elif name == sftp.HARDLINK:
             old, new = self._policy.path(packet), self._policy.path(packet)
             packet.end()
-            self._policy.may_write(old)
-            self._policy.may_write(new)
-            self._policy.count_file()
             names = (sftp.string(encode(old)), sftp.string(encode(new)))
-            self._send_new(number, sftp.EXTENDED, sftp.string(name), *names)
+
+            def make() -> None:
+                self._policy.count_file()
+                self._send_new(number, sftp.EXTENDED, sftp.string(name), *names)
+
+            self._write_at(number, (old, new), make)
         elif name == sftp.STATVFS:
             place = self._policy.path(packet)
             packet.end()
