@@ -113,6 +113,35 @@ def test_a_cell_may_catch_it(kernel: Kernel) -> None:
     assert cell.stdout == "begin\ncaught\n"
 
 
+@pytest.mark.skipif(
+    os.environ.get("KERNEL_UNDER_TEST") == "plain", reason="CPython drops most of them"
+)
+def test_a_cell_that_leaves_closing_files_to_python(kernel: Kernel) -> None:
+    """What CPython clears while it closes a file is raised again, and once."""
+    kernel.run("import pickle, time\nwith open('big', 'wb') as f: f.write(bytes(1 << 20))")
+    for i in range(8):
+        cell = kernel.send("print('begin')\nwhile True: open('big', 'rb').read()")
+        kernel.wait_output(cell, "begin")
+        kernel.listen(0.1 + 0.013 * i)
+        kernel.manager.interrupt_kernel()
+        kernel.finish(cell, PROMPT)
+        assert cell.reply["ename"] == INTERRUPTED
+        assert (cell.stderr, cell.stdout) == ("", "begin\n")
+    cell = kernel.send(
+        "caught = []\nprint('begin')\n"
+        "try:\n    while True: open('big', 'rb').read()\n"
+        "except KeyboardInterrupt as error: caught.append(error)\n"
+        "end = time.monotonic() + 3\n"
+        "while time.monotonic() < end:\n"
+        "    try: open('big', 'rb').read()\n"
+        "    except KeyboardInterrupt as error: caught.append(error)\n"
+        "repr(caught), type(pickle.loads(pickle.dumps(caught[0]))) is KeyboardInterrupt"
+    )
+    interrupt_when(kernel, cell, "begin")
+    assert cell.result == "('[KeyboardInterrupt()]', True)"
+    kernel.run("import os; os.remove('big')")
+
+
 def test_a_cell_that_goes_on_is_interrupted_again(kernel: Kernel) -> None:
     cell = kernel.send(
         "import time\nfor i in range(2):\n    try:\n        print('round', i)\n"

@@ -6,6 +6,7 @@ device that one process may open; /sys/class/virtio-ports/*/name tells which is 
 
 from __future__ import annotations
 
+import _thread
 import functools
 import os
 import select
@@ -38,6 +39,36 @@ def open_port(name: str) -> int:
 def _forget_bell() -> None:
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)
+
+
+class _Again:
+    """Signals once more when it goes: from C, in no frame of Python's to raise anything in."""
+
+    __slots__ = ()
+    __del__ = _thread.interrupt_main
+
+
+class _Interrupt(KeyboardInterrupt):
+    """A KeyboardInterrupt that is raised again when it was dropped before any code had it.
+
+    To close a file that nobody refers to any more, CPython makes a warning about it, hears of a
+    signal while it does (`PyObject_Repr`), and clears what was raised (fileio_dealloc_warn in
+    Modules/_io/fileio.c): ``while True: open(name).read()`` spends so much of its time on the
+    way there that most interrupts are lost.  Whatever passes a frame of Python gets that frame
+    into its traceback; a traceback of nothing but the signal handler has passed none.
+    """
+
+    def __del__(self) -> None:
+        trace = self.__traceback__
+        if trace is not None and trace.tb_next is None and trace.tb_frame.f_code is _HANDLER:
+            _again = _Again()  # goes with this frame
+
+    def __reduce__(self) -> tuple[type[KeyboardInterrupt], tuple[object, ...]]:
+        return KeyboardInterrupt, self.args
+
+
+_Interrupt.__name__ = _Interrupt.__qualname__ = "KeyboardInterrupt"  # as it is shown
+_Interrupt.__module__ = "builtins"
 
 
 class Interrupts:
@@ -127,7 +158,7 @@ class Interrupts:
         if self._held:
             self._pending = True
         elif self.armed:
-            raise KeyboardInterrupt
+            raise _Interrupt
 
     def hold(self) -> None:
         """Start of a section that must not be interrupted (main thread only counts)."""
@@ -142,6 +173,9 @@ class Interrupts:
                 self._pending = False
                 if self.armed:
                     raise KeyboardInterrupt
+
+
+_HANDLER = Interrupts.handle.__code__
 
 
 class Port:
