@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import io
 import tarfile
 import zipfile
@@ -16,6 +17,7 @@ class LocalIndex:
         self.directory = directory / "simple"
         self.directory.mkdir(parents=True)
         self.url = self.directory.as_uri()
+        self._yanked: dict[str, str] = {}
 
     def add(
         self,
@@ -27,6 +29,7 @@ class LocalIndex:
         tag: str = "py3-none-any",
         requires_python: str = "",
         files: dict[str, str] | None = None,
+        yanked: str = "",
     ) -> Path:
         """A wheel that has the module of this name in it."""
         module = name.replace("-", "_")
@@ -50,6 +53,7 @@ class LocalIndex:
             for path, text in contents.items():
                 # One time for all: a wheel that is made again is the same
                 archive.writestr(zipfile.ZipInfo(path, (2020, 1, 1, 0, 0, 0)), text)
+        self._yanked[wheel.name] = yanked
         self._list(name, requires_python)
         return wheel
 
@@ -76,9 +80,14 @@ class LocalIndex:
         place = self._place(name)
         needs = requires_python.replace("<", "&lt;").replace(">", "&gt;")
         attribute = f' data-requires-python="{needs}"' if needs else ""
+        reasons = {
+            file: f' data-yanked="{html.escape(reason)}"'
+            for file, reason in self._yanked.items()
+            if reason
+        }
         links = [
             f'<a href="{path.name}#sha256={hashlib.sha256(path.read_bytes()).hexdigest()}"'
-            f"{attribute}>{path.name}</a><br>"
+            f"{attribute}{reasons.get(path.name, '')}>{path.name}</a><br>"
             for path in sorted(place.iterdir())
             if path.name != "index.html"
         ]

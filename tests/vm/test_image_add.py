@@ -95,6 +95,16 @@ def place(tmp_path_factory: pytest.TempPathFactory, minimal_image: str) -> Itera
         # What site would run, at the start of any Python that sees it
         files={"vmk_answer.pth": f"import os; open({str(place.directory / RAN)!r}, 'w')\n"},
     )
+    # Its files are there already when pip finds the fault, and it puts words into pip's mouth
+    index.add(
+        "vmk-half",
+        "1.0",
+        files={
+            "vmk_half.pth": f"import os; open({str(place.directory / RAN)!r}, 'w')\n",
+            "vmk_half-1.0.dist-info/entry_points.txt": "[console_scripts]\nx = vmk_half\n",
+        },
+        yanked="old\nERROR: No matching distribution found for vmk-half",
+    )
     index.add("vmk-part", "1.0", code="part = 'yes'\n")
     index.add("vmk-low", "1", requires=("vmk-answer<1.1",))
     source = index.add_source("vmk-source", "1.0", f"open({str(place.directory / RAN)!r}, 'w')\n")
@@ -162,6 +172,10 @@ def test_a_requirement_that_fails_says_why(
             "no version of vmk-answer fits 'vmk-answer==7' (reqs.txt line 1): there are 1." in told
         )
         assert "there is no package 'vmk-none'" in str(failure("vmk-none"))
+        failure("vmk-half==1.0")
+        assert list(guest.packages.glob("vmk_half.pth"))  # half installed, then pip was run again
+        assert "--dry-run --no-deps vmk-half" in (tmp_path / "log").read_text()
+        (guest.packages / "vmk_half.pth").unlink()
         digest = re.search(r"vmk-part==1.0 --hash=sha256:(.*)", built.requirements)
         assert digest is not None
         error = failure(lock=built.requirements.replace(digest[1], 64 * "0"))

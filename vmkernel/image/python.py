@@ -184,9 +184,10 @@ def install_packages(
     except ToolFailed as error:
         said, search = error.lines, [""]
         if missing := missing_requirement(said):
-            # What it passed over, which it tells only when asked
+            # What it passed over, which it tells only when asked. That line may have been a
+            # package's: by now there may be some in the tree, whose .pth files `site` would run
             tools.run(
-                _pip(python, "-vv", "--dry-run", "--no-deps", missing),
+                _pip(python, "-vv", "--dry-run", "--no-deps", missing, site=False),
                 env=environment,
                 on_line=search.append,
                 allow_failure=True,
@@ -200,10 +201,11 @@ def install_packages(
     return versions
 
 
-def _pip(python: GuestPython, *words: str | Path) -> list[str]:
+def _pip(python: GuestPython, *words: str | Path, site: bool = True) -> list[str]:
+    # With `site` pip sees Debian's Python packages
     return python.argv(
-        "-P", "-c", _RUN_PIP, "install", "--break-system-packages", "--no-user", "--no-input",
-        "--only-binary=:all:", "--root-user-action=ignore", "--progress-bar=off",
+        *([] if site else ["-S"]), "-P", "-c", _RUN_PIP, "install", "--break-system-packages",
+        "--no-user", "--no-input", "--only-binary=:all:", "--root-user-action=ignore", "--progress-bar=off",
         "--disable-pip-version-check", *words,
     )  # fmt: skip
 
