@@ -112,13 +112,13 @@ def given(
     What *names* finds in *environ* comes before the file's.
 
     Raises:
-        SettingsError: the file cannot be taken, or all is too long.
+        SettingsError: the file or a value cannot be taken, or all is too long.
     """
     variables = read_file(file) if file is not None else Variables()
     missing = []
     for name in names:
         if name in environ:
-            variables[name] = environ[name]
+            variables[name] = _as_text(name, environ[name])
         elif name not in variables:
             missing.append(name)
     import msgspec  # not on the way of every start; as it will be sent
@@ -129,6 +129,18 @@ def given(
             hint="give it a file (docs/files.md) instead of the longest",
         )
     return variables, missing
+
+
+def _as_text(name: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # which has the value in it
+        raise SettingsError(
+            f"The variable {name} (setting `env`) cannot be given to a guest: "
+            "its value is not text (UTF-8)",
+            hint="set it anew, or take its name out of `env`",
+        ) from None
+    return value
 
 
 def in_words(names: Iterable[str], file: Path | None, environ: Mapping[str, str]) -> str:

@@ -172,6 +172,14 @@ def test_what_is_given(file: Path) -> None:
             environment.given(("A",), None, {"A": value})
 
 
+def test_a_value_that_is_no_text_is_told_by_its_name_alone() -> None:
+    with pytest.raises(SettingsError, match=r"TOKEN .* is not text") as caught:
+        environment.given(["TOKEN"], None, {"TOKEN": os.fsdecode(b"s3cret\xff")})
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__
+    assert "s3cret" not in repr(caught.value)
+
+
 def test_values_are_in_nothing_that_is_shown(file: Path) -> None:
     found = read_file(file)
     assert SECRET not in f"{found!r} {found} {[found]}"
