@@ -357,6 +357,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, name, _parse(name, field, value, "the program"))
 
 
+_BY_ENVIRONMENT = frozenset(
+    "images_dir cache_dir runtime_dir state_dir semaphore_file database_file history_file".split()
+)
+"""Whose defaults a user's environment, or another setting, decides."""
+
+
 def default_vm_limit() -> int:
     """How many VMs this host bears when nobody said: an idle clone costs far below 512 MiB."""
     try:
@@ -450,10 +456,11 @@ def load_settings_with_sources(
         sources[name] = source
 
     administrators = _read_config(system_config)
-    names = administrators.pop("locked", ())
+    names = _locked(administrators, system_config)
+    administrators.pop("locked", None)
     for name, value in administrators.items():
         take(name, value, f"{system_config}, key {name!r}")
-    locked = _locked(names, system_config)
+    locked = names
     path = default_dir("config_dir", environ) / "config.toml"
     for name, value in _read_config(path).items():
         take(name, value, f"{path}, key {name!r}")
@@ -517,7 +524,7 @@ def _parse(name: str, field: Field, value: object, source: str) -> Any:
 
 def locked_settings(system_config: Path = SYSTEM_CONFIG) -> frozenset[str]:
     """The settings that the administrator has locked.  Raises SettingsError."""
-    return _locked(_read_config(system_config).get("locked", ()), system_config)
+    return _locked(_read_config(system_config), system_config)
 
 
 def check_locked(settings: Settings, system_config: Path = SYSTEM_CONFIG) -> None:
@@ -527,7 +534,7 @@ def check_locked(settings: Settings, system_config: Path = SYSTEM_CONFIG) -> Non
         SettingsError: one is; and what is wrong with the administrator's file.
     """
     administrators = _read_config(system_config)
-    locked = _locked(administrators.get("locked", ()), system_config)
+    locked = _locked(administrators, system_config)
     if not locked:
         return
     environ = {k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
@@ -540,8 +547,25 @@ def check_locked(settings: Settings, system_config: Path = SYSTEM_CONFIG) -> Non
         _require_same(name, getattr(settings, name), "the program", values, system_config)
 
 
-def _locked(names: object, path: Path) -> frozenset[str]:
+def check_lockable(locked: Iterable[str], values: Iterable[str], source: str) -> None:
+    """See that what is to be locked has one of the *values*, where it takes one to lock it.
+
+    Raises:
+        SettingsError: it has none.
+    """
+    there = {"images_dir" if name == "base_images_dir" else name for name in values}
+    for name in locked:
+        if name in _BY_ENVIRONMENT and name not in there:
+            raise SettingsError(
+                f"{source}: {name!r} has no value in that file, and its default follows what each "
+                "user can choose (XDG_…, another setting): it would not be locked",
+                hint=f"the administrator gives {name} a value there, or does not lock it",
+            )
+
+
+def _locked(administrators: Mapping[str, Any], path: Path) -> frozenset[str]:
     """The names under the key ``locked`` of the administrator's file."""
+    names = administrators.get("locked", ())
     source = f"{path}, key 'locked'"
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise SettingsError(
@@ -552,7 +576,9 @@ def _locked(names: object, path: Path) -> frozenset[str]:
         if name not in FIELDS:
             raise _unknown(name, source)
     # The two are names of one setting
-    return frozenset("images_dir" if name == "base_images_dir" else name for name in names)
+    locked = frozenset("images_dir" if name == "base_images_dir" else name for name in names)
+    check_lockable(locked, administrators, source)
+    return locked
 
 
 def _require_same(

@@ -105,6 +105,19 @@ def test_a_semaphore_file_may_lie_elsewhere(load):
 
 
 @pytest.mark.parametrize(
+    "name", ["semaphore_file", "database_file", "history_file", "runtime_dir", "base_images_dir"]
+)
+def test_a_lock_without_a_value_that_the_environment_decides_is_refused(load, name):
+    # The default would follow VMKERNEL_RUNTIME_DIR or XDG_RUNTIME_DIR, and nothing be locked
+    with pytest.raises(SettingsError, match="has no value in that file"):
+        load(system=f'locked = ["{name}"]')
+    loaded = load(system=f'{name} = "/srv/place"\nlocked = ["{name}"]', XDG_RUNTIME_DIR="/tmp/mine")
+    field = name.removeprefix("base_")
+    assert getattr(loaded.settings, field) == Path("/srv/place")
+    assert load(system='locked = ["network"]').settings.network == "none"
+
+
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("memory", "2X"), ("memory", "63M"), ("memory", "-1"), ("memory", "1.0001G"),

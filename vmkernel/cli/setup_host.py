@@ -66,7 +66,7 @@ def setup_host(
     """  # fmt: skip
     from vmkernel.errors import VmError
     from vmkernel.image.recipe import load_recipe
-    from vmkernel.settings import SYSTEM_CONFIG, check_names
+    from vmkernel.settings import SYSTEM_CONFIG, check_lockable, check_names
     from vmkernel.shared import USUAL_PLACE, distrust
 
     if os.geteuid() != 0 and not dry_run:
@@ -78,6 +78,7 @@ def setup_host(
     named = {"memory": memory, "max_concurrent_vms": max_vms, "max_vms_per_user": max_vms_per_user}
     chosen |= {name: value for name, value in named.items() if value is not None}
     check_names(locked)
+    check_lockable(locked, ["semaphore_file", *chosen], str(SYSTEM_CONFIG))
     loaded = _administrators_settings(chosen)
     place = loaded.settings.shared_dir or USUAL_PLACE
     wanted = [load_recipe(name) for name in recipes or (loaded.settings.recipe,)]
