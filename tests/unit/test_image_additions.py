@@ -350,6 +350,102 @@ def test_a_lock_is_of_its_requirements_only(tmp_path: Path) -> None:
         make_lock(other, "3.13", report)
 
 
+HIDDEN = [
+    "foo @ https://h/${HOME}/foo-1-py3-none-any.whl",
+    "foo @ https://h/foo-1-py3-none-any.whl?\u2028--index-url=https://h/",
+    "foo; extra == '\x0c--index-url https://h/'",
+]
+
+
+@pytest.mark.parametrize("requirement", HIDDEN)
+@pytest.mark.parametrize("key", ["requirements", "constraints"])
+def test_what_pip_would_make_something_else_of_is_in_no_recipe(
+    tmp_path: Path, key: str, requirement: str
+) -> None:
+    """pip fills in ${HOME} and breaks lines in each file that it reads: out goes a token."""
+    python = {"requirements": ["ipykernel"], "constraints": []}
+    python[key].append(requirement)
+    path = tmp_path / "bad.toml"
+    path.write_text(
+        'name = "bad"\n[python]\n'
+        + "".join(f"{name} = {json.dumps(value)}\n" for name, value in python.items())
+    )
+    with pytest.raises(ImageError, match=r"no variables|cannot be seen"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["https://h/${HOME}/foo-1-py3-none-any.whl", "https://u:pw@h/foo-1-py3-none-any.whl",
+     "https://h/foo-1.tar.gz"],
+)  # fmt: skip
+def test_a_lock_has_wheels_only_and_no_variables(tmp_path: Path, url: str) -> None:
+    recipe = Recipe(name="x", python=Python(requirements=("six",)))
+    with pytest.raises(ImageError, match="line 1"):
+        check_lock(f"foo @ {url} --hash={SHA}\n")
+    item = installed("foo", SHA)
+    item["download_info"]["url"] = url
+    report = tmp_path / "pip.json"
+    report.write_text(json.dumps({"install": [item | {"is_direct": True}]}))
+    with pytest.raises(ImageError, match="line 3"):  # what a package requires by itself
+        make_lock(recipe, "3.13", report)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "foo @ https://u:s3cret@h/x.whl ; bad"),
+        ("a.txt", "foo @ https://u:p@s3cret@h/x.whl"),
+        ("a.txt", "https://u:s3/s3cret@h/x.whl"),
+        ("a.yml", "dependencies:\n- pip:\n  - --extra-index-url https://u:s3cret@h/\n"),
+        ("a.yml", "dependencies:\n- https://u:s3cret@h/pkg.conda\n"),
+        ("a.yml", "dependencies:\n- https://u:s3cret@h/c::numpy=x|y\n"),
+        ("a.yml", "dependencies:\n- https://h/t/s3cret/c::libfoo\n"),
+        ("a.toml", '[project]\ndependencies = [{url = "https://u:s3cret@h/"}]\n'),
+    ],
+)
+def test_a_password_is_in_no_message(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ImageError) as caught:
+        read(str(tmp_path / name), Added(), "3.13")
+    assert "s3cret" not in f"{caught.value} {caught.value.hint}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yml", "dependencies: [2001-99-99]"),
+        ("a.yml", "[" * 20_000),
+        ("a.yml", "a: &a [b]\ndependencies: [*a]"),
+        ("a.yml", f"dependencies: [{'9' * 6000}]"),
+        ("a.toml", "a = " + "[" * 20_000),
+        ("a.toml", "a = " + "9" * 6000),
+        ("a.toml", "tool = 1"),
+        ("a.txt", "x" * (5 << 20)),
+        ("a.txt", "-r a.txt\n" * 2),
+    ],
+)
+def test_a_file_that_is_made_to_hurt(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ImageError):
+        read(str(tmp_path / name), Added(), "3.13")
+
+
+def test_files_that_include_many_are_counted(tmp_path: Path) -> None:
+    for number in range(9):  # 20 to the power of 8, were they all read
+        (tmp_path / f"{number}.txt").write_text(f"-r {number + 1}.txt\n" * 20)
+    (tmp_path / "9.txt").write_text("six\n")
+    with pytest.raises(ImageError, match="files are included"):
+        read(str(tmp_path / "0.txt"), Added(), "3.13")
+
+
+def test_places_that_are_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.txt")
+    for what in (str(tmp_path / "fifo.txt"), "~nobody-is-called-so/a.txt", "\0.txt"):
+        with pytest.raises(ImageError, match="cannot be read"):
+            read(what, Added(), "3.13")
+
+
 # --- what pip says ---
 
 NO_FIT = [

@@ -136,7 +136,7 @@ class _Job(NamedTuple):
 def _known(text: str, settings: Settings) -> _Job:
     """A recipe by its name or path; one whose file is gone is in its image, too."""
     from vmkernel.errors import ImageError
-    from vmkernel.image.recipe import load_recipe, recipe_path, user_recipes_dir
+    from vmkernel.image.recipe import check_recipe, load_recipe, recipe_path, user_recipes_dir
     from vmkernel.image.store import find_image
 
     try:
@@ -150,6 +150,7 @@ def _known(text: str, settings: Settings) -> _Job:
             image = None
         if image is None:
             raise
+        check_recipe(image.recipe, image.directory)  # which may come from somebody else
         return _Job(image.recipe, image.requirements, True, {})
     own = path.parent == user_recipes_dir()
     origins = {requirement: str(path) for requirement in recipe.python.requirements}

@@ -8,7 +8,9 @@ is run, and no index is asked. Floor 2; only ``vmkernel image build --add`` impo
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from vmkernel.image.recipe import distribution_name
 
 _DEEPEST = 10
 """Files that include files that include files."""
+_MOST_FILES = 100
+"""That are included."""
+_LARGEST = 4 << 20
+"""Bytes of a file."""
 
 _INDEX_OPTIONS = frozenset(
     "-i --index-url --extra-index-url -f --find-links --no-index --trusted-host --proxy --cert "
@@ -40,6 +46,8 @@ class Added(msgspec.Struct):
     hashes: dict[str, list[str]] = {}
     """Of a distribution's files, by its normalised name: ``sha256:…``."""
     notes: list[str] = []
+    included: int = 0
+    """How many files of requirements were read."""
 
     def require(self, text: str, origin: str) -> None:
         """Add a requirement.  Raises ImageError: it is none."""
@@ -62,15 +70,19 @@ def read(what: str, added: Added, python: str) -> None:
         from vmkernel.image.projects import read_pyproject
 
         names = [word.strip() for word in extras.removesuffix("]").split(",") if word.strip()]
-        read_pyproject(Path(path).expanduser(), names, added, python)
+        read_pyproject(_home(path), names, added, python)
     elif Path(what).suffix in (".yml", ".yaml"):
         from vmkernel.image.projects import read_environment
 
-        read_environment(Path(what).expanduser(), added, python)
+        read_environment(_home(what), added, python)
     elif Path(what).suffix in (".txt", ".in"):
-        _read_requirements(Path(what).expanduser(), added, 0, constraints=False)
+        _read_requirements(_home(what), added, 0, constraints=False)
     else:
         added.require(what, "--add")
+
+
+def _home(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - "~nobody" stays as it is
 
 
 def read_text(path: Path) -> str:
@@ -80,9 +92,20 @@ def read_text(path: Path) -> str:
         ImageError: it cannot be read.
     """
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text (UTF-8)"
+        # A FIFO must not keep us waiting
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            data = file.read(_LARGEST + 1) if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
+        if data is None or len(data) > _LARGEST:
+            why = "it is no ordinary file" if data is None else f"it has over {_LARGEST >> 20} MiB"
+            raise ValueError(why)
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except (OSError, ValueError) as error:
+        reason = str(error)
+        if isinstance(error, OSError):
+            reason = error.strerror or reason
+        elif isinstance(error, UnicodeDecodeError):
+            reason = "it is not text (UTF-8)"
         raise ImageError(
             f"{path} cannot be read: {reason}",
             hint="--add takes a requirements.txt, a pyproject.toml, an environment.yml, "
@@ -92,7 +115,10 @@ def read_text(path: Path) -> str:
 
 def refused(origin: str, what: str, why: str, hint: str = "") -> ImageError:
     """The error about something that no recipe can hold."""
-    return ImageError(f"{origin}: {what!r} is refused: {why}", hint=hint or "leave it out")
+    return ImageError(
+        f"{without_password(origin)}: {without_password(what)!r} is refused: {why}",
+        hint=hint or "leave it out",
+    )
 
 
 def checked(text: str, origin: str) -> str:
@@ -105,7 +131,7 @@ def checked(text: str, origin: str) -> str:
     if _URL.match(text) or (_PATH.match(text) and " @ " not in text):
         raise refused(
             origin,
-            without_password(text),
+            text,
             "a path or URL has no version that could be found again in an index",
             "name the package and its version; put a wheel of yours into an index, or a "
             "directory that pip's configuration names (find-links)",
@@ -115,19 +141,26 @@ def checked(text: str, origin: str) -> str:
     except InvalidRequirement as error:
         reason = " ".join(str(error).partition("\n")[0].split())
         raise ImageError(
-            f"{origin}: {text!r} is no requirement (PEP 508): {reason}",
+            f"{without_password(origin)}: {without_password(text)!r} is no requirement (PEP 508): "
+            f"{reason}",
             hint='write it like name, name>=1.5,<2 or name[extra]==1.5; python_version>"3.9"',
         ) from error
-    if why := unfit(requirement):
-        raise refused(origin, without_password(text), why, "name a version in an index instead")
+    if why := unfit(requirement, text):
+        raise refused(origin, text, why, "name a version in an index instead")
     return text
 
 
-def unfit(requirement: Requirement) -> str:
-    """Why a recipe cannot hold it; "" when it can.
+def unfit(requirement: Requirement, text: str) -> str:
+    """Why a recipe cannot hold it, *text* as it is written; "" when it can.
 
     Of a URL only a wheel is taken: anything else would be built, which runs its code on the host.
+    What pip reads from a file (constraints, locks) it splits at all that Unicode calls the end of
+    a line, and fills in this host's variables: a URL could carry them away.
     """
+    if not text.replace("\t", " ").isprintable():
+        return "it has characters in it that cannot be seen"
+    if "${" in text:
+        return "a recipe has no variables of an environment in it"
     url = requirement.url or ""
     if url and not re.match(r"https://[^#?]+\.whl(?:[#?]|$)", url):
         return "a URL may be that of a wheel (https://….whl) only: nothing is built on the host"
@@ -138,11 +171,17 @@ def unfit(requirement: Requirement) -> str:
 
 def without_password(text: str) -> str:
     """*text* without what stands before the host's name in its URLs."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "…@", text)
+    # To the last @, since a password may have one in it, or a /; /t/… is conda's way
+    return re.sub(r"(?<=/t/)[^/\s]+", "…", re.sub(r"(?<=://)\S*@", "…@", text))
 
 
 def _read_requirements(path: Path, added: Added, depth: int, *, constraints: bool) -> None:
     """A ``requirements.txt``, as pip's documentation describes the format."""
+    added.included += 1
+    if added.included > _MOST_FILES:
+        raise ImageError(
+            f"{path}: more than {_MOST_FILES} files are included", hint="put them into one"
+        )
     if depth > _DEEPEST:
         raise ImageError(
             f"{path}: files include files include files, {depth} times",
@@ -173,7 +212,7 @@ def _read_line(
     if "${" in text:
         raise refused(
             origin,
-            without_password(text),
+            text,
             "a recipe has no variables of an environment in it",
             "write what stands for it",
         )
@@ -208,7 +247,7 @@ def _read_option(
     rest = rest.strip()
     if option in ("-r", "--requirement", "-c", "--constraint"):
         if _URL.match(rest):
-            raise refused(origin, without_password(text), "it is fetched from elsewhere each time")
+            raise refused(origin, text, "it is fetched from elsewhere each time")
         _read_requirements(
             path.parent / rest,
             added,
@@ -218,7 +257,7 @@ def _read_option(
     elif option in ("-e", "--editable"):
         raise refused(
             origin,
-            without_password(text),
+            text,
             "a project that is being written has to be built, and an image is read-only",
             "add its dependencies (its pyproject.toml), and let the workspace show its files",
         )

@@ -160,7 +160,7 @@ def save(recipe: Recipe, lock: str) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            if path.read_text(encoding="utf-8") != text:
+            if path.read_bytes() != text.encode():
                 path.replace(path.with_suffix(".toml~"))
         write_beside(path, text)
         write_beside(path.with_suffix(".lock"), lock)

@@ -13,7 +13,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from packaging.requirements import Requirement
+
 from vmkernel.errors import ImageError
+from vmkernel.image.additions import unfit
 from vmkernel.image.recipe import Recipe, distribution_name
 
 _HEAD = "# The Python packages of a vmkernel image: versions, and hashes of their wheels\n"
@@ -55,7 +58,9 @@ def make_lock(recipe: Recipe, python: str, report: Path) -> str:
             raise ImageError(f"pip tells no hash of {name} {version}", hint="update vmkernel")
         what = f"{name} @ {url}" if item.get("is_direct") else f"{name}=={version}"
         lines.append(f"{what} --hash=sha256:{digest}\n")
-    return f"{_HEAD}{_FOR}{question(recipe, python)}\n" + "".join(sorted(lines, key=str.lower))
+    lock = f"{_HEAD}{_FOR}{question(recipe, python)}\n" + "".join(sorted(lines, key=str.lower))
+    check_lock(lock)  # what a package requires need not be what a recipe may
+    return lock
 
 
 def check_lock(lock: str) -> None:
@@ -65,9 +70,13 @@ def check_lock(lock: str) -> None:
         ImageError: there is; names the line.
     """
     for number, line in enumerate(lock.splitlines(), 1):
-        if line and not line.startswith("#") and not _LINE.fullmatch(line):
+        if not line or line.startswith("#"):
+            continue
+        text = line.partition(" --hash=")[0]
+        if not _LINE.fullmatch(line) or unfit(Requirement(text), text):
             raise ImageError(
-                f"The lock has a mistake in line {number}: it is not NAME==VERSION --hash=sha256:…",
+                f"The lock has a mistake in line {number}: it is neither NAME==VERSION nor "
+                "NAME @ https://….whl, with --hash=sha256:…",
                 hint="correct it, or choose versions anew with --update",
             )
 

@@ -13,7 +13,14 @@ from typing import Any
 from packaging.requirements import InvalidRequirement, Requirement
 
 from vmkernel.errors import ImageError
-from vmkernel.image.additions import Added, as_table, python_fits, read_text, refused
+from vmkernel.image.additions import (
+    Added,
+    as_table,
+    python_fits,
+    read_text,
+    refused,
+    without_password,
+)
 from vmkernel.image.recipe import distribution_name
 
 
@@ -27,11 +34,11 @@ def read_pyproject(path: Path, extras: list[str], added: Added, python: str) -> 
 
     try:
         content = tomllib.loads(read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of which TOMLDecodeError is one
         raise ImageError(f"{path} is not valid TOML: {error}", hint="correct the file") from error
     groups = as_table(content.get("dependency-groups", {}), f"{path}: dependency-groups")
     if "project" not in content and not (extras and groups):
-        how = "" if "poetry" not in content.get("tool", {}) else (
+        how = "" if "poetry" not in as_table(content.get("tool", {}), f"{path}: tool") else (
             ": this is Poetry's own format (`poetry export` writes a requirements.txt)"
         )  # fmt: skip
         raise ImageError(
@@ -39,7 +46,8 @@ def read_pyproject(path: Path, extras: list[str], added: Added, python: str) -> 
             hint="PEP 621 says what stands in it: dependencies = [ … ]",
         )
     project = as_table(content.get("project", {}), f"{path}: project")
-    if "dependencies" in project.get("dynamic", []):
+    dynamic = project.get("dynamic", [])
+    if isinstance(dynamic, list) and "dependencies" in dynamic:
         raise ImageError(
             f"{path}: its dependencies are dynamic: only building the project would tell them",
             hint="write them into a requirements.txt",
@@ -62,7 +70,8 @@ def read_pyproject(path: Path, extras: list[str], added: Added, python: str) -> 
                 take_extra(item["include-group"])
                 continue
             if not isinstance(item, str):
-                raise ImageError(f"{path}: {where} has {item!r}", hint="correct the file")
+                shown = without_password(f"{item!r:.200}")
+                raise ImageError(f"{path}: {where} has {shown}", hint="correct the file")
             try:
                 requirement = Requirement(item)
             except InvalidRequirement:
@@ -128,7 +137,13 @@ def read_environment(path: Path, added: Added, python: str) -> None:
     import yaml  # only who has such a file pays for the parser
 
     try:
-        content = yaml.safe_load(read_text(path))
+        text = read_text(path)
+        # Lists of lists of one list are small in the file only
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("aliases (*name) are not understood here")
+        content = yaml.safe_load(text)
+    except (ValueError, RecursionError) as error:  # of a date that is none, and such
+        raise ImageError(f"{path} is not taken: {error}", hint="correct the file") from error
     except yaml.YAMLError as error:
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
@@ -151,15 +166,18 @@ def read_environment(path: Path, added: Added, python: str) -> None:
             for text in item["pip"]:
                 origin = f"{path} (pip)"
                 if str(text).startswith("-"):
-                    raise refused(origin, str(text), "a recipe has no options of pip's")
+                    option = re.split(r"[\s=]", str(text), maxsplit=1)[0]
+                    raise refused(origin, option, "a recipe has no options of pip's")
                 added.require(str(text), origin)
         elif not isinstance(item, str):
-            raise ImageError(f"{path}: {item!r} is no dependency", hint="correct the file")
+            shown = without_password(f"{item!r:.200}")
+            raise ImageError(f"{path}: {shown} is no dependency", hint="correct the file")
         elif not _take(item, path, added, python):
             no_python.append(item)
     if no_python:
         raise ImageError(
-            f"{path}: not packages of a Python index, by their names: {', '.join(no_python)}",
+            f"{path}: not packages of a Python index, by their names: "
+            f"{without_password(', '.join(no_python))}",
             hint="leave them out; libraries come with the wheels, and programs from Debian "
             "(--apt NAME). An environment.yml that was written by hand, or by "
             "`conda env export --from-history`, has few of them",

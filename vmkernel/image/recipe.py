@@ -218,11 +218,16 @@ def _read(path: Path) -> Recipe:
         recipe = msgspec.convert(content, Recipe)
     except msgspec.ValidationError as error:
         raise _mistake(path, _in_words(str(error))) from error
-    _check(recipe, path)
+    check_recipe(recipe, path)
     return recipe
 
 
-def _check(recipe: Recipe, path: Path) -> None:
+def check_recipe(recipe: Recipe, path: Path) -> None:
+    """See that a recipe, which *path* has, is sound in all that no type says.
+
+    Raises:
+        ImageError: it is not; names file and key.
+    """
     try:
         recipe_name(recipe.name)
     except ValueError as error:
@@ -253,15 +258,15 @@ def _check(recipe: Recipe, path: Path) -> None:
 def _check_requirements(recipe: Recipe, path: Path) -> None:
     from packaging.requirements import InvalidRequirement, Requirement
 
-    from vmkernel.image.additions import unfit
+    from vmkernel.image.additions import unfit, without_password
 
     for text in (*recipe.python.requirements, *recipe.python.constraints):
         try:
-            why = unfit(Requirement(text))
+            why = unfit(Requirement(text), text)
         except InvalidRequirement as error:
             why = "no requirement (PEP 508): " + " ".join(str(error).partition("\n")[0].split())
         if why:
-            raise _mistake(path, f"`python` has {text!r}: {why}")
+            raise _mistake(path, f"`python` has {without_password(text)!r}: {why}")
     for name, hashes in recipe.python.hashes.items():
         for found in hashes:
             if not re.fullmatch(r"sha256:[0-9a-f]{64}", found) or distribution_name(name) != name:
