@@ -205,8 +205,8 @@ def _pip(python: GuestPython, *words: str | Path, site: bool = True) -> list[str
     # With `site` pip sees Debian's Python packages
     return python.argv(
         *([] if site else ["-S"]), "-P", "-c", _RUN_PIP, "install", "--break-system-packages",
-        "--no-user", "--no-input", "--only-binary=:all:", "--root-user-action=ignore", "--progress-bar=off",
-        "--disable-pip-version-check", *words,
+        "--no-user", "--no-input", "--only-binary=:all:", "--root-user-action=ignore",
+        "--progress-bar=off", "--disable-pip-version-check", *words,
     )  # fmt: skip
 
 
