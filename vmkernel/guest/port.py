@@ -13,7 +13,6 @@ import select
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +24,10 @@ READ_SIZE = 4096
 """Linux gives no more than a page of a port's at once (port_fops_read in virtio_console.c), and
 larger room would be asked of the system and given back each time."""
 _RINGS = 4096
-_INSTANT = 1.0
+REMINDER = signal.SIGURG
+"""Ends a system call, after which Python looks for signals, SIGINT among them.  Not SIGINT itself:
+one that is heard at that moment would be heard twice, by the next cell at worst.  Ignored by
+default (signal(7)), so that it hurts nobody who resets all handlers."""
 
 
 def open_port(name: str) -> int:
@@ -34,6 +36,10 @@ def open_port(name: str) -> int:
         if (entry / "name").read_text().strip() == name:
             return os.open(f"/dev/{entry.name}", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     raise FileNotFoundError(f"this VM has no virtio port {name!r}")
+
+
+def _remember(signum: int, frame: FrameType | None) -> None:
+    """The handler of REMINDER: that the signal came is all."""
 
 
 def _forget_bell() -> None:
@@ -90,9 +96,6 @@ class Interrupts:
         self._pending = False
         self._main = threading.main_thread().ident
         self._bell: tuple[socket.socket, socket.socket] | None = None
-        self._heard = 0
-        self._reminder = (-2, 0.0)
-        """How many were heard before the last reminder, and when that was"""
 
     def install(self) -> None:
         """Take SIGINT; from the main thread."""
@@ -100,7 +103,9 @@ class Interrupts:
         for end in self._bell:
             end.setblocking(False)
         signal.signal(signal.SIGINT, self.handle)
-        signal.siginterrupt(signal.SIGINT, True)
+        signal.signal(REMINDER, _remember)
+        for number in (signal.SIGINT, REMINDER):
+            signal.siginterrupt(number, True)
         signal.set_wakeup_fd(self._bell[1].fileno(), warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_forget_bell)  # a child's signals are not ours
 
@@ -110,23 +115,21 @@ class Interrupts:
         return self._bell[0].fileno() if self._bell is not None else -1
 
     def remind(self) -> bool:
-        """Signal once more if SIGINT still waits to be heard; whether it did.
+        """Wake the main thread if SIGINT still waits to be heard; whether it did.
 
-        The handler runs once for both.  Where it is the user's own, nothing is done: it may have
-        run, and need not still the bell.
+        Where the handler is the user's own, nothing is done: it may have run, and need not still
+        the bell.
         """
         if self._bell is None:
             return False
-        heard = self._heard
         with suppress(OSError):
             signals = self._bell[0].recv(_RINGS, socket.MSG_PEEK)
             handler = signal.getsignal(signal.SIGINT)
             ours = handler == self.handle or getattr(handler, "func", None) == self._call
             if not ours or signal.SIGINT not in signals or self._main is None:
                 self._bell[0].recv(len(signals))
-            elif self._heard == heard:
-                self._reminder = (heard, time.monotonic())
-                signal.pthread_kill(self._main, signal.SIGINT)
+            else:
+                signal.pthread_kill(self._main, REMINDER)
                 return True
         return False
 
@@ -136,25 +139,17 @@ class Interrupts:
             with suppress(OSError):
                 self._bell[0].recv(_RINGS)
 
-    def _hear(self) -> bool:
-        """A signal was heard; False for a reminder of one that was heard in that very instant."""
-        self.still()
-        self._heard += 1
-        count, when = self._reminder
-        return self._heard != count + 2 or time.monotonic() - when > _INSTANT
-
     def calling(self, callback: Callable[[], object]) -> Callable[..., None]:
         """A handler of SIGINT that calls this, for a while."""
         return functools.partial(self._call, callback)
 
     def _call(self, callback: Callable[[], object], signum: int, frame: FrameType | None) -> None:
-        if self._hear():
-            callback()
+        self.still()
+        callback()
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """The signal handler."""
-        if not self._hear():
-            return
+        self.still()
         if self._held:
             self._pending = True
         elif self.armed:
