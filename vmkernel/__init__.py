@@ -32,6 +32,7 @@ _MODULES = {
         "VmFileError",
         "VmBootError",
         "VmGuestError",
+        "VmHostLostError",
         "VmExpiredError",
         "VmTimeoutError",
         "ProtocolError",

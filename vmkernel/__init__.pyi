@@ -12,6 +12,7 @@ from vmkernel.errors import VmError as VmError
 from vmkernel.errors import VmExpiredError as VmExpiredError
 from vmkernel.errors import VmFileError as VmFileError
 from vmkernel.errors import VmGuestError as VmGuestError
+from vmkernel.errors import VmHostLostError as VmHostLostError
 from vmkernel.errors import VmNotFoundError as VmNotFoundError
 from vmkernel.errors import VmOverlayError as VmOverlayError
 from vmkernel.errors import VmStateError as VmStateError

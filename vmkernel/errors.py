@@ -15,6 +15,7 @@ The tree::
     ├── VmFileError              a file could not be passed into a VM or out of it
     ├── VmBootError              QEMU or the guest did not come up
     └── VmGuestError             a guest that was up died or broke the protocol
+        ├── VmHostLostError      the host of a VM of a cluster died, or cannot be reached
         ├── VmExpiredError       the VM's lifetime or idle_timeout was over, and it was ended
         ├── VmTimeoutError       code took longer than it was given (also a TimeoutError)
         └── ProtocolError        bytes from the peer that no correct peer sends
@@ -113,6 +114,10 @@ class VmBootError(VmError):
 
 class VmGuestError(VmError):
     """A guest that was up died, or does not answer."""
+
+
+class VmHostLostError(VmGuestError):
+    """The host that a cluster's VM ran on is gone, or out of reach; names the host and why."""
 
 
 class VmExpiredError(VmGuestError):

@@ -31,8 +31,10 @@ from vmkernel.errors import SettingsError
 from vmkernel.values import (
     absolute_path,
     choice,
+    cluster_address,
     count,
     duration,
+    duration_between,
     optional_count,
     optional_duration,
     optional_path,
@@ -278,6 +280,24 @@ FIELDS: dict[str, Field] = {
         _ABSOLUTE,
         "Where they are kept: an SQLite file of IPython's, mode 0600; several kernels share it.",
     ),
+    "cluster_address": Field(
+        cluster_address,
+        "auto, or HOST:PORT",
+        "The Ray cluster that places kernels of `vmkernel install --ray` (docs/cluster.md); "
+        "`auto`: what RAY_ADDRESS names, else the cluster that this host is part of.",
+    ),
+    "cluster_wait": Field(
+        optional_duration,
+        "seconds, a number with s, m or h, or none",
+        "How long such a kernel waits for a VM slot in the cluster; `none` is for ever, 0 not at "
+        "all. It tries again when the next cell is run.",
+    ),
+    "cluster_lease": Field(
+        duration_between(4, 3600),
+        "4 to 3600 seconds, or a number with s, m or h",
+        "After how long without contact such a kernel is ended by its host, and given up by its "
+        "front end.",
+    ),
     "log_level": Field(
         choice("debug", "info", "warning", "error"),
         "debug, info, warning or error",
@@ -339,6 +359,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_timeout: float = 5.0
     history: Switch = "on"
     history_file: Path = _IN_ITS_DIR
+    cluster_address: str = "auto"
+    cluster_wait: float | None = 600.0
+    cluster_lease: float = 30.0
     log_level: str = "warning"
 
     def __post_init__(self) -> None:

@@ -68,6 +68,18 @@ def duration(value: object) -> float:
     return seconds
 
 
+def duration_between(lowest: float, highest: float) -> Callable[[object], float]:
+    """A parser of times from *lowest* to *highest* seconds."""
+
+    def parse(value: object) -> float:
+        seconds = parse_seconds(value)
+        if not lowest <= seconds <= highest:
+            raise ValueError("out of range")
+        return seconds
+
+    return parse
+
+
 def optional_duration(value: object) -> float | None:
     """Seconds from 0, or None for "none" and "never": no limit."""
     if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "never")):
@@ -174,6 +186,17 @@ def program(value: object) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError("not a program's name")
     return value.strip()
+
+
+def cluster_address(value: object) -> str:
+    """``auto``, or where a cluster answers: ``host:port``, ``[IPv6 address]:port``."""
+    text = value.strip() if isinstance(value, str) else ""
+    if text.lower() == "auto":
+        return "auto"
+    match = re.fullmatch(r"(?:[A-Za-z0-9][A-Za-z0-9.-]*|\[[0-9A-Fa-f:.]+\]):([0-9]{1,5})", text)
+    if not match or not 0 < int(match[1]) < 65536:
+        raise ValueError("not an address with a port")
+    return text
 
 
 def optional_path(value: object) -> Path | None:

@@ -33,6 +33,7 @@ from vmkernel import (
     VmFileError,
     VmGuestError,
     VmHandle,
+    VmHostLostError,
     VmManager,
     VmNotFoundError,
     VmOverlayError,
@@ -129,7 +130,7 @@ def errors() -> None:
         assert_type(error.log_path, Path | None)
     except (ImageError, TemplateError, RegistryError, SettingsError) as error:
         print(error.explain())
-    except (VmTimeoutError, VmExpiredError, ProtocolError) as error:
+    except (VmTimeoutError, VmExpiredError, VmHostLostError, ProtocolError) as error:
         as_guest: VmGuestError = error
         print(as_guest.code_ran)
     except VmAlreadyStartingError as error:

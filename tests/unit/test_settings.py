@@ -132,6 +132,9 @@ def test_a_lock_without_a_value_that_the_environment_decides_is_refused(load, na
         ("console_log_size", "0"),
         ("qemu", " "),
         ("recipe", "../etc"), ("recipe", "UPPER"), ("recipe", "."), ("recipe", "a" * 65),
+        ("cluster_address", "head"), ("cluster_address", "head:0"), ("cluster_address", "a:99999"),
+        ("cluster_address", "ray://head:10001"), ("cluster_address", "a b:1"),
+        ("cluster_wait", "soon"), ("cluster_lease", "1"), ("cluster_lease", "none"),
         ("log_level", "loud"),
         ("history", "maybe"), ("history_file", "history.sqlite"),
     ],
@@ -203,6 +206,12 @@ def test_a_switch(load):
     assert load(user="history = false").settings.history == "off"
     assert load(user='history = "off"', VMKERNEL_HISTORY="On").settings.history == "on"
     assert load(overrides={"history": "off"}).settings.history == "off"
+
+
+def test_where_a_cluster_answers(load):
+    for text in ("ray-head:6379", "10.0.0.1:6379", "[fd00::1]:6379", "head.example.org:1"):
+        assert load(VMKERNEL_CLUSTER_ADDRESS=f" {text} ").settings.cluster_address == text
+    assert load(user='cluster_address = "Auto"').settings.cluster_address == "auto"
 
 
 def test_durations(load):

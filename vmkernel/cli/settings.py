@@ -62,7 +62,8 @@ _DEFAULTS_IN_WORDS = {
 }
 _UNITS = {"memory": " MiB", "workspace_size": " MiB", "scratch_size": " MiB",
           "console_log_size": " MiB",
-          "max_output": " MiB", "database_timeout": " s",
+          "max_output": " MiB", "cluster_wait": " s", "cluster_lease": " s",
+          "database_timeout": " s",
           "start_timeout": " s", "boot_timeout": " s"}  # fmt: skip
 
 
