@@ -28,7 +28,7 @@ from vmkernel.errors import (
     VmGuestError,
 )
 from vmkernel.host import registry
-from vmkernel.host.capacity import Semaphore, Slot, boot_slots, vm_slots
+from vmkernel.host.capacity import QueuePosition, Semaphore, Slot, boot_slots, vm_slots
 from vmkernel.host.openings import openings
 from vmkernel.host.processes import identify, tag_of
 from vmkernel.host.recording import Recorder
@@ -382,11 +382,20 @@ class VmStart:
         await self._recorder.written()
         slot, self._slot = self._slot, None
         if slot is None:
+            waited = False
+
+            def on_wait(place: QueuePosition) -> None:
+                nonlocal waited
+                waited = True
+                progress(place.text)
+
             slot = await shared_slots(settings).acquire(
-                on_wait=lambda place: progress(place.text),
+                on_wait=on_wait,
                 timeout=settings.queue_timeout,
                 label=self.label.kernel_id,
             )
+            if waited:  # it may have come free because its holder was killed
+                self._recorder.write(lambda: _tidy(settings))
         with slot:
             choice = accel.remembered_choice(settings)
             if choice is None:
