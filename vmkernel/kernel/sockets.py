@@ -17,7 +17,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -152,13 +152,19 @@ class Sockets:
         if connection_file is not None:
             self.open(connection_file, listeners)
 
-    def open(self, connection_file: Path, listeners: Sequence[int] = ()) -> None:
-        """Bind what the connection file names.  Raises VmError.
+    def open(
+        self, connection_file: Path | Mapping[str, Any], listeners: Sequence[int] = ()
+    ) -> None:
+        """Bind what the connection file (or its content) names.  Raises VmError.
 
-        ``listeners``: descriptors of TCP sockets that listen there already; they are ours then.
+        A port of 0 is chosen by the system, and is in :attr:`info` then.  ``listeners``:
+        descriptors of TCP sockets that listen there already; they are ours then.
         """
         known = dict(zip(BOUND, listeners, strict=False))
-        self.info = _read_connection_file(connection_file)
+        if isinstance(connection_file, Path):
+            self.info = _read_connection_file(connection_file)
+        else:
+            self.info = dict(connection_file)
         self._key = str(self.info.get("key", "")).encode()
         self._digest = str(self.info.get("signature_scheme", "hmac-sha256")).removeprefix("hmac-")
         if self._digest not in hashlib.algorithms_available:
@@ -207,6 +213,9 @@ class Sockets:
         while True:
             try:
                 sock.bind(address)
+                if not port:
+                    last = sock.getsockopt_string(zmq.LAST_ENDPOINT)
+                    self.info[f"{name}_port"] = int(last.rpartition(":")[2])
                 return sock
             except zmq.ZMQError as error:
                 if error.errno != zmq.EADDRINUSE or time.monotonic() > end:
@@ -324,8 +333,10 @@ class Sockets:
         if topic is None:
             topic = f"kernel.{self.session}.{msg_type}".encode()
         message.insert(0, topic)
-        if not self._sockets:  # closed
-            return
+        if self._sockets:  # not closed
+            self._publish(message)
+
+    def _publish(self, message: list[Any]) -> None:
         if len(self._backlog) >= MOST_BACKLOG:
             self.lost += 1
             if self.lost == 1:
@@ -427,6 +438,19 @@ class Sockets:
         sock = self._sockets.get(name)
         if sock is not None and _incoming(sock):
             self._loop.call_soon(self._readable, name)
+
+    def pass_on(self, name: str, message: list[Any]) -> None:
+        """Send frames that another kernel made and signed.  As :meth:`publish` on iopub, where
+        nobody loses any; elsewhere what is for a client that is gone is dropped.
+        """
+        if name not in self._sockets:  # closed
+            return
+        if name == "iopub":
+            self._publish(message)
+            return
+        with contextlib.suppress(zmq.ZMQError):
+            self._send(name, message)
+        self._look_again(name)
 
     def status(self, state: str, parent: bytes = b"{}") -> None:
         """Publish ``busy``, ``idle`` or ``starting``."""
