@@ -14,7 +14,12 @@ import pytest
 from jupyter_client.kernelspec import KernelSpecManager
 
 import vmkernel
-from vmkernel.cli.install import install_kernelspec, installed_kernelspecs, uninstall_kernelspec
+from vmkernel.cli.install import (
+    install_kernelspec,
+    installed_kernelspecs,
+    is_ours,
+    uninstall_kernelspec,
+)
 from vmkernel.errors import SettingsError, VmError
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +40,30 @@ def test_a_kernelspec_starts_this_python_and_says_only_what_was_given(tmp_path):
         "interrupt_mode": "message",
         "metadata": {"debugger": True, "supported_encryption": ["curve"]},
     }
+
+
+def test_a_kernel_of_a_cluster_is_jupyters_provisioners(tmp_path):
+    target = install_kernelspec(tmp_path, options={"recipe": "bash"}, on_hosts="vmsandbox")
+    assert target == tmp_path / "vmsandbox-ray-bash"
+    spec = _spec(target)
+    assert spec["display_name"] == "Bash (microVM, cluster)"
+    assert spec["interrupt_mode"] == "message"
+    assert spec["metadata"]["supported_encryption"] == ["curve"]
+    assert spec["metadata"]["kernel_provisioner"] == {
+        "provisioner_name": "vmkernel-ray",
+        "config": {"kernel_name": "vmsandbox", "options": {"recipe": "bash"}},
+    }
+    target = install_kernelspec(tmp_path, options={"cluster_wait": "5m"}, on_hosts="mine")
+    assert (target.name, is_ours(target)) == ("vmsandbox-ray", True)
+    assert _spec(target)["display_name"] == "Python (microVM, cluster)"
+    with pytest.raises(SettingsError, match="cluster_address"):
+        install_kernelspec(tmp_path, options={"cluster_address": "head"}, on_hosts="mine")
+    # Where the provisioner is ignored, the command line says so
+    argv = [str(tmp_path / "c.json") if word.startswith("{") else word for word in spec["argv"]]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "kernel provisioner 'vmkernel-ray'" in done.stderr
+    assert "What to do: use it from Jupyter" in done.stderr
 
 
 def test_another_recipe_brings_its_name_and_language(tmp_path):

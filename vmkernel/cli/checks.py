@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 def run_checks() -> list[Check]:
     """Every check, in the order in which a newcomer should mend them."""
+    from vmkernel.cli.checks_cluster import cluster
+    from vmkernel.cli.install import installed_kernelspecs, is_on_a_cluster
     from vmkernel.host.start import settings_for_recipe
 
     checks = [_python()]
@@ -68,6 +70,8 @@ def run_checks() -> list[Check]:
         ("CPU quota", cpu_quota),
         ("kernelspec", _kernelspec),
     )
+    if any(map(is_on_a_cluster, installed_kernelspecs().values())):
+        rest += (("cluster", cluster),)
     for name, look in rest:
         try:
             checks.append(look(settings))

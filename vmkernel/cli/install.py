@@ -25,17 +25,20 @@ if TYPE_CHECKING:
     from vmkernel.settings import Settings
 
 DEFAULT_NAME = "vmsandbox"
+CLUSTER_NAME = "vmsandbox-ray"
+PROVISIONER = "vmkernel-ray"
+_CLUSTER_COMMAND = "vmkernel.cluster"
 _LAUNCHER = ("pool", "launcher.py")
 # As jupyter_client.kernelspec allows them, less capitals, which it would turn to small ones.
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 
 
-def kernel_name(options: Mapping[str, str]) -> str:
-    """The kernelspec's name where none is asked for: ``vmsandbox``, or with the recipe's name."""
+def kernel_name(options: Mapping[str, str], default: str = DEFAULT_NAME) -> str:
+    """The kernelspec's name where none is asked for: *default*, or with the recipe's name."""
     from vmkernel.settings import Settings
 
     recipe = options.get("recipe", "")
-    return DEFAULT_NAME if recipe in ("", Settings().recipe) else f"{DEFAULT_NAME}-{recipe}"
+    return default if recipe in ("", Settings().recipe) else f"{default}-{recipe}"
 
 
 def _launcher() -> Path:
@@ -69,6 +72,20 @@ def kernel_json(
     return spec
 
 
+def on_a_cluster(spec: dict[str, Any], options: Mapping[str, str], on_hosts: str) -> None:
+    """Change *spec* (`kernel_json` with *options*) to a kernel that Ray places on some VM host.
+
+    *on_hosts* is the kernelspec that is started there.  Front ends that know no provisioners get a
+    command that says so.
+    """
+    spec["argv"] = [sys.executable, "-P", "-m", _CLUSTER_COMMAND, "-f", "{connection_file}"]
+    spec["display_name"] = re.sub(r"\((microVM.*)\)", r"(\1, cluster)", spec["display_name"])
+    spec["metadata"]["kernel_provisioner"] = {
+        "provisioner_name": PROVISIONER,
+        "config": {"kernel_name": on_hosts, "options": dict(options)},
+    }
+
+
 def chosen_recipe(settings: Settings) -> Recipe | None:
     """What the settings' image was built from, or is to be; None when nobody knows the name."""
     from vmkernel.image.recipe import load_recipe
@@ -89,12 +106,14 @@ def install_kernelspec(
     name: str | None = None,
     display_name: str | None = None,
     options: Mapping[str, str] | None = None,
+    on_hosts: str = "",
 ) -> Path:
     """Write the kernelspec *name* into *kernels_dir* (``…/share/jupyter/kernels``), in one step.
 
     Without *name* and *display_name* they follow the recipe that *options* or settings name.
     *options* are settings by name, as text; they are checked here, so that a mistake shows now
-    and not when a notebook is opened. Returns the kernelspec's directory.
+    and not when a notebook is opened. With *on_hosts*, the kernel runs on a cluster of VM hosts,
+    which have a kernelspec of that name. Returns the kernelspec's directory.
 
     Raises:
         SettingsError: an option or the name is not allowed.
@@ -105,7 +124,8 @@ def install_kernelspec(
 
     options = dict(options or {})
     recipe = chosen_recipe(load_settings(options))
-    name = kernel_name(options) if name is None else name
+    if name is None:
+        name = kernel_name(options, CLUSTER_NAME if on_hosts else DEFAULT_NAME)
     if not _NAME.fullmatch(name):
         raise SettingsError(
             f"{name!r} cannot be a kernel's name",
@@ -129,7 +149,10 @@ def install_kernelspec(
             py_compile.compile(str(_launcher().with_name("handover.py")), doraise=True)
         for logo in resource_dir("kernelspec").glob("logo-*"):
             shutil.copyfile(logo, fresh / logo.name)
-        content = kernel_json(display_name, options, recipe)
+        content = kernel_json(None if on_hosts else display_name, options, recipe)
+        if on_hosts:
+            on_a_cluster(content, options, on_hosts)
+            content["display_name"] = display_name or content["display_name"]
         text = json.dumps(content, indent=2, ensure_ascii=False)
         (fresh / "kernel.json").write_text(text + "\n", encoding="utf-8")
         _remove(target)
@@ -148,11 +171,17 @@ def is_ours(kernelspec_dir: Path) -> bool:
     """Whether *kernelspec_dir* starts vmkernel; one that cannot be read is not."""
     try:
         argv = json.loads((kernelspec_dir / "kernel.json").read_bytes())["argv"]
-        if "-m" in argv:  # as it was before there was a launcher
-            return bool(argv[argv.index("-m") + 1] == "vmkernel")
+        if "-m" in argv:  # of a cluster, or as it was before there was a launcher
+            return argv[argv.index("-m") + 1] in ("vmkernel", _CLUSTER_COMMAND)
         return Path(argv[argv.index("-f") - 1]).parts[-3:] == ("vmkernel", *_LAUNCHER)
     except (OSError, ValueError, LookupError, TypeError):
         return False
+
+
+def is_on_a_cluster(kernelspec_dir: Path) -> bool:
+    """Whether a kernelspec of ours starts its kernels on a cluster."""
+    argv = json.loads((kernelspec_dir / "kernel.json").read_bytes())["argv"]
+    return _CLUSTER_COMMAND in argv
 
 
 def installed_kernelspecs() -> dict[str, Path]:
@@ -230,6 +259,10 @@ _prefix = click.option(
 @click.option(
     "--set", "more", multiple=True, metavar="NAME=VALUE", help="Any setting; may be repeated."
 )
+@click.option("--ray", is_flag=True, help="On a cluster of VM hosts, placed by Ray.")
+@click.option(
+    "--on-hosts", metavar="NAME", help="With --ray: the kernel that the hosts have; else vmsandbox."
+)
 def install(
     user: bool,
     sys_prefix: bool,
@@ -240,6 +273,8 @@ def install(
     memory: str | None,
     vcpus: str | None,
     more: tuple[str, ...],
+    ray: bool,
+    on_hosts: str | None,
 ) -> None:
     """Offer the kernel in Jupyter, with the given options.
 
@@ -249,6 +284,8 @@ def install(
     from vmkernel.image.store import has_image, in_which_places
     from vmkernel.settings import load_settings
 
+    if on_hosts and not ray:
+        raise click.UsageError("--on-hosts goes with --ray")
     options = {"recipe": recipe, "memory": memory, "vcpus": vcpus}
     given = {key: value for key, value in options.items() if value is not None}
     for item in more:
@@ -261,12 +298,19 @@ def install(
         name=name,
         display_name=display_name,
         options=given,
+        on_hosts=(on_hosts or DEFAULT_NAME) if ray else "",
     )
     name = target.name
     display_name = json.loads((target / "kernel.json").read_text())["display_name"]
     click.echo(f"Installed {name!r} ({display_name}) in {target}")
     settings = load_settings(given)
-    if not has_image(settings.recipe, settings):
+    if ray:
+        from vmkernel.cli.checks_cluster import cluster_parts
+
+        check = cluster_parts()
+        if check.state != "ok":
+            click.echo(f"warning: {check.found}: {check.remedy}", err=True)
+    elif not has_image(settings.recipe, settings):
         click.echo(
             f"warning: there is no image {settings.recipe!r} in {in_which_places(settings)} yet; "
             f"build it with: vmkernel image build {settings.recipe}",

@@ -140,6 +140,11 @@ def _argv(name: str) -> list[str]:
             f"there is no kernelspec {name!r} of vmkernel", hint="install it: vmkernel install"
         )
     argv: list[str] = json.loads((directory / "kernel.json").read_bytes())["argv"]
+    if "vmkernel.cluster" in argv:
+        raise VmError(
+            f"the kernels of {name!r} run on a cluster, whose hosts have pools of their own",
+            hint="ask on one of them, for the kernel that is installed there",
+        )
     if "-m" in argv:
         raise VmError(
             f"the kernelspec {name!r} is of an older vmkernel, which had no pool",
