@@ -55,6 +55,8 @@ WorkspaceChoice = Literal["none", "ro", "rw"]
 NetworkChoice = Literal["none", "packages", "allow", "open"]
 FilesChoice = Literal["off", "ask", "on"]
 
+NOTIFY_SOCKET = "VMKERNEL_NOTIFY_SOCKET"
+"""Where a kernel tells how its start goes (`vmkernel.kernel.notify`)"""
 SYSTEM_CONFIG = Path("/etc/vmkernel/config.toml")
 ENVIRONMENT_PREFIX = "VMKERNEL_"
 
@@ -490,7 +492,8 @@ def load_settings_with_sources(
     for name, value in (overrides or {}).items():
         take(name.replace("-", "_"), value, f"kernelspec option --{name.replace('_', '-')}")
     for variable, value in environ.items():
-        if variable == trace.VARIABLE:  # for developers; it changes nothing
+        # For developers, and for who starts a kernel for others: they change nothing
+        if variable in (trace.VARIABLE, NOTIFY_SOCKET):
             continue
         if variable.startswith(ENVIRONMENT_PREFIX) and value:
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()

@@ -38,6 +38,7 @@ COMMANDS: dict[str, _Entry] = {
     "rm": _Entry("vmkernel.cli.vms", "rm", "Take VMs off the record."),
     "ps": _Entry("vmkernel.cli.ps", "ps", "List the VMs on this host."),
     "top": _Entry("vmkernel.cli.top", "top", "Show what the VMs take, as it changes."),
+    "capacity": _Entry("vmkernel.cli.capacity", "capacity", "Show how many VMs may run."),
     "logs": _Entry("vmkernel.cli.logs", "logs", "Show what a VM has said."),
     "pool": _Entry("vmkernel.cli.pool", "pool", "Kernels that wait ready for a front end."),
     "gc": _Entry("vmkernel.cli.gc", "gc", "Remove leftovers, old logs and unused templates."),

@@ -190,6 +190,8 @@ class VmStart:
         """What is known of the VM once QEMU was started"""
         self.oddities: Oddities | None = None
         """Where what the guest does wrong is counted; None: in the guest's own"""
+        self.on_slot: Callable[[], None] = lambda: None
+        """Called when the VM has its slot"""
         self._begun = begun
         self._slot = slot
         self.directory: Path | None = None
@@ -224,6 +226,7 @@ class VmStart:
         try:
             started = begun or await self._start(progress)
             if begun is not None:
+                self.on_slot()
                 self._recorder.starting(begun.record)
             self.template = started.template
             self.record = started.record
@@ -396,6 +399,7 @@ class VmStart:
             )
             if waited:  # it may have come free because its holder was killed
                 self._recorder.write(lambda: _tidy(settings))
+        self.on_slot()
         with slot:
             choice = accel.remembered_choice(settings)
             if choice is None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from vmkernel import trace
 from vmkernel.environment import in_words
-from vmkernel.errors import VmError, VmExpiredError, VmGuestError
+from vmkernel.errors import VmCapacityError, VmError, VmExpiredError, VmGuestError
 from vmkernel.host.openings import in_a_line, openings
 from vmkernel.host.registry import vm_dir
 from vmkernel.host.start import Label, Started, VmStart, environment
+from vmkernel.kernel.notify import CAPACITY, notify
 from vmkernel.vm.oddities import Oddities
 
 if TYPE_CHECKING:
@@ -319,6 +321,7 @@ class GuestSupply:
     async def _bring_up(self) -> Guest:
         if self._final is not None:
             self.failed = self._final
+            self._notify(str(self._final), error=errno.EINVAL)
             raise self._final
         begun, self._begun = self._begun, None
         if begun is not None:
@@ -326,6 +329,7 @@ class GuestSupply:
             self._accelerator = begun.spawned.machine.accelerator
         start = self._start = VmStart(self._settings, self._label, begun)
         start.oddities = self.oddities
+        start.on_slot = lambda: self._notify(ready=True)
         self.failed = None
         self._started_at = time.monotonic()
         self._text = ""
@@ -338,6 +342,9 @@ class GuestSupply:
             )
         except BaseException as error:
             self.failed = error if isinstance(error, VmError) else None
+            if self.failed is not None:
+                full = isinstance(error, VmCapacityError)
+                self._notify(str(error), error=CAPACITY if full else errno.EIO)
             self._failed_at = time.monotonic()
             self._start = None
             raise
@@ -357,6 +364,7 @@ class GuestSupply:
         """Give a guest that waited its kernel's environment, fresh entropy and the right time."""
         from vmkernel.protocol import messages
 
+        self._notify(ready=True)
         timeout = min(ADOPT_SECONDS, self._settings.start_timeout)
         try:
             env = environment(self._label, self._settings)
@@ -413,8 +421,13 @@ class GuestSupply:
 
     def _progress(self, text: str) -> None:
         self._text = text
+        self._notify(text)
         if self._show is not None:
             self._show(text)
+
+    def _notify(self, status: str = "", *, ready: bool = False, error: int = 0) -> None:
+        if not self._waiting:  # else the environment is not its kernel's
+            notify(status, ready=ready, error=error)
 
     def _set_limits(self) -> None:
         settings, start = self._settings, self._start
