@@ -9,20 +9,23 @@ them itself.  Floor 5; belongs to the loop of `vmkernel.cluster.driver`.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
-from vmkernel.cluster.placement import Host, HostFailedError, HostLostError, HostSilentError
+from vmkernel.cluster.placement import (
+    Host,
+    HostFailedError,
+    HostLostError,
+    HostSilentError,
+    refused,
+)
 from vmkernel.errors import VmError
 
 INTERVAL = 2.0
 """Seconds between two renewals."""
 TIMEOUT = 3.0
 """Seconds for the answer to one."""
-PROBE_TIMEOUT = 2.0
-"""Seconds for a machine to refuse or take a connection."""
 TOLD_AFTER = 10.0
 """Seconds of silence after which the notebook is told."""
 SLACK = 2.0
@@ -148,7 +151,7 @@ class HostLink:
     async def _judge_silence(self, ids: list[str], why: str) -> None:
         silence = time.monotonic() - self._heard
         kernels = {name: self._kernels[name] for name in ids if name in self._kernels}
-        if kernels and await _refused(*next(iter(kernels.values())).shell):
+        if kernels and await refused(*next(iter(kernels.values())).shell):
             self._lose(list(kernels), f"its kernels are gone, and it does not answer ({why})")
             return
         for name, kernel in kernels.items():
@@ -166,18 +169,3 @@ class HostLink:
             kernel = self._kernels.pop(name, None)
             if kernel is not None:
                 kernel.lost(f"{self.host.label}: {why}")
-
-
-async def _refused(ip: str, port: int) -> bool:
-    """Whether the machine lives and says that nobody listens there."""
-    try:
-        async with asyncio.timeout(PROBE_TIMEOUT):
-            _, writer = await asyncio.open_connection(ip, port)
-    except ConnectionRefusedError:
-        return True
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
-    return False

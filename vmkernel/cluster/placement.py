@@ -36,8 +36,13 @@ CALL_TIMEOUT = 15.0
 """Seconds for what Ray's head or an idle host answers in milliseconds."""
 ACTOR_TIMEOUT = 60.0
 """Seconds until a host's actor is up: 4 s, a process that imports Ray."""
+PROBE_TIMEOUT = 2.0
+"""Seconds for a machine to refuse or take a connection."""
 SLICE = 1.0
 """Seconds between two looks at the cluster while a kernel waits for a slot."""
+
+
+_WRONG_TOKEN = re.compile("InvalidAuthToken|Unauthenticated|AuthenticationError")
 
 
 class HostLostError(Exception):
@@ -98,8 +103,7 @@ class Cluster:
         try:
             reader, cluster._writer = await asyncio.open_connection(sock=cluster._channel)
             cluster._listening = asyncio.create_task(cluster._listen(reader))
-            joined = await cluster.ask("join", settings.cluster_address, seconds=JOIN_TIMEOUT)
-            cluster.interface = joined["interface"]
+            await cluster._join(settings.cluster_address)
         except BaseException as error:
             told = cluster.log_tail()
             await cluster.close()
@@ -107,6 +111,20 @@ class Cluster:
                 raise _why_not_joined(settings.cluster_address, str(error), told) from error
             raise
         return cluster
+
+    async def _join(self, address: str) -> None:
+        """As `join`; what keeps us out may be seen before Ray gives up, 20 s later or never."""
+        host, _, port = address.rpartition(":")
+        if host and await refused(host.strip("[]"), int(port)):
+            raise HostFailedError("the connection is refused")
+        asking = asyncio.create_task(self.ask("join", address, seconds=JOIN_TIMEOUT))
+        try:
+            while not (await asyncio.wait([asking], timeout=0.25))[0]:
+                if _WRONG_TOKEN.search(told := self.log_tail()):
+                    raise HostFailedError(_last_words(told))
+            self.interface = (await asking)["interface"]
+        finally:
+            asking.cancel()
 
     @property
     def lost(self) -> str:
@@ -188,7 +206,8 @@ class Cluster:
                     slots = await self.slots_in_words()
                     if end is not None and time.monotonic() >= end:
                         raise VmCapacityError(
-                            f"No VM slot became free in the cluster within {timeout:g} s: {slots}",
+                            f"No VM slot became free in the cluster within "
+                            f"{round(timeout or 0, 1):g} s: {slots}",
                             hint="run the cell again to wait again, end kernels that nobody needs "
                             "(`vmkernel ps --cluster`), or raise cluster_wait",
                         )
@@ -336,6 +355,21 @@ class Reservation:
         await self._cluster._release(self._group)
 
 
+async def refused(ip: str, port: int) -> bool:
+    """Whether that machine lives and says that nobody listens there."""
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT):
+            _, writer = await asyncio.open_connection(ip, port)
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return False
+
+
 def backoff(attempt: int) -> float:
     """Seconds before the *attempt*-th try (from 1): doubling from 0.2 s, with jitter."""
     return 0.2 * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)
@@ -385,7 +419,7 @@ def _why_not_joined(address: str, reason: str, told: str) -> VmError:
             hint="pip install 'vmkernel[ray]'",
         )
     everything = f"{reason}\n{told}"
-    if re.search("InvalidAuthToken|Unauthenticated|AuthenticationError", everything):
+    if _WRONG_TOKEN.search(everything):
         return VmError(
             f"The Ray cluster {where} refuses this host's token",
             hint="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the file RAY_AUTH_TOKEN_PATH, "

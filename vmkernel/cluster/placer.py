@@ -21,7 +21,6 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 from typing import Any
 
 import msgspec
@@ -121,7 +120,8 @@ class Placer:
         if not hasattr(ray, "init"):
             place = list(getattr(ray, "__path__", ()))
             raise TroubleError("failed", f"ImportError: a directory is named ray: {place}")
-        hostactor = import_module("vmkernel.cluster.hostactor")  # which imports jupyter_client
+        from vmkernel.cluster import hostactor
+
         ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
         context = ray.get_runtime_context()
         return {"address": context.gcs_address, "interface": hostactor.INTERFACE}
@@ -235,7 +235,8 @@ class Placer:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        hostactor = import_module("vmkernel.cluster.hostactor")
+        from vmkernel.cluster import hostactor
+
         actor = self._actors.get(node_id)
         if actor is not None:
             return actor

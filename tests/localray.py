@@ -1,0 +1,121 @@
+"""A Ray cluster on this machine alone: a head without slots, and VM hosts that join it.
+
+Everything lies in the session's directory, by which what is left behind is found, and is ended by
+process id: there may be other clusters on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from prerequisites import missing
+from vmhost import VmHost
+
+MEMORY = "80000000"  # bytes of Ray's object store, the least that it takes
+_numbers = itertools.count()
+
+
+def own_address() -> str:
+    """An address of this machine that is not the loopback's: kernels and Ray bind it."""
+    for addresses in psutil.net_if_addrs().values():
+        for address in addresses:
+            if address.family == socket.AF_INET and not address.address.startswith("127."):
+                return address.address
+    missing("this machine has no address but the loopback's")
+    raise AssertionError
+
+
+class LocalRay:
+    """``with LocalRay(session_dir) as ray:`` a head; `join` adds VM hosts."""
+
+    def __init__(self, session_dir: Path) -> None:
+        self.ip = own_address()
+        with socket.create_server((self.ip, 0)) as free:
+            self.port = free.getsockname()[1]
+        self.address = f"{self.ip}:{self.port}"
+        self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(24)}
+        self._session_dir = session_dir
+        self._directory = session_dir / f"r{next(_numbers)}"  # short: Ray's sockets lie in it
+        self._nodes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> LocalRay:
+        self._directory.mkdir()
+        try:
+            self._start("--head", f"--port={self.port}", "--include-dashboard=false")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    @property
+    def hosts(self) -> int:
+        """How many VM hosts have joined."""
+        return len(self._nodes) - 1
+
+    def join(self, host: VmHost, slots: int) -> subprocess.Popen[bytes]:
+        """Add a VM host; the process whose end is its end."""
+        return self._start(
+            f"--address={self.address}",
+            f"--resources={json.dumps({'vm_slot': slots})}",
+            **host.env,
+            VMKERNEL_POOL_SIZE="0",
+            VMKERNEL_MAX_CONCURRENT_VMS=str(slots),
+        )
+
+    def _start(self, *options: str, **env: str) -> subprocess.Popen[bytes]:
+        log = self._directory / f"node-{len(self._nodes)}.log"
+        words = [
+            "start", *options, f"--node-ip-address={self.ip}", "--num-cpus=0", "--block",
+            f"--object-store-memory={MEMORY}", "--disable-usage-stats",
+            "--dashboard-agent-listen-port=0",
+        ]  # fmt: skip
+        if "--head" in options:
+            words.append(f"--temp-dir={self._directory}")
+        with log.open("wb") as output:
+            node = subprocess.Popen(
+                [sys.executable, "-m", "ray.scripts.scripts", *words],
+                env={**os.environ, **self.auth, **env},
+                cwd=self._directory,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._nodes.append(node)
+        deadline = time.monotonic() + 60
+        while b"Ray runtime started" not in log.read_bytes():
+            if node.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"Ray did not start:\n{log.read_text()[-3000:]}")
+            time.sleep(0.05)
+        return node
+
+    def end(self, node: subprocess.Popen[bytes]) -> None:
+        """Kill a node and all its processes at once, as a power cut would."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(node.pid)
+            for one in [process, *process.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+        node.wait()
+
+    def __exit__(self, *_: object) -> None:
+        for node in reversed(self._nodes):
+            self.end(node)
+        # Workers that were re-parented meanwhile
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if str(self._directory) in " ".join(process.cmdline()):
+                    process.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
