@@ -20,7 +20,7 @@ from jupyter_client.ioloop import AsyncIOLoopKernelManager
 from jupyter_client.manager import KernelManager
 
 from localray import LocalRay
-from vmhost import VmHost, seconds_until
+from vmhost import RunningVm, VmHost, seconds_until
 from vmkernel.cluster import driver as driver_module
 from vmkernel.cluster.driver import Driver
 from vmkernel.cluster.placement import Cluster
@@ -242,8 +242,7 @@ def test_shutdown_while_it_waits_leaves_nothing(ray, host, start, monkeypatch):
         kernel.close()
     assert seconds_until(lambda: Driver._instance is None, 5) is not None
     assert seconds_until(lambda: "vmkernel-driver" not in _threads(), 5) is not None
-    placers = [p for p in psutil.Process().children() if "placer" in " ".join(p.cmdline())]
-    assert not placers
+    assert not placers()
     assert seconds_until(lambda: not host.left(), 5) is not None
 
 
@@ -347,6 +346,78 @@ def _is_wrapper(process: psutil.Process, host: VmHost) -> bool:
         return False
 
 
+def test_a_host_without_a_slot_after_all_is_asked_again(ray, host, start):
+    """VMs that Ray does not count: the semaphore file is the truth."""
+
+    async def occupied() -> tuple[Kernel, str]:
+        settings = host.settings(VMKERNEL_MAX_CONCURRENT_VMS=str(SLOTS))
+        async with RunningVm(settings), RunningVm(settings):
+            kernel = start()
+            cell = kernel.client.execute("print('after all')")
+            assert await asyncio.to_thread(kernel.shows, cell, "trying again", 30)
+            assert len(host.qemus()) == SLOTS
+            return kernel, cell
+
+    kernel, cell = asyncio.run(occupied())
+    assert kernel.result(cell) == "after all\n"
+
+
+def test_the_process_that_speaks_with_ray_may_die(ray, host, start):
+    kernel = start()
+    assert kernel.run("x = 1") == ""
+    (placer,) = placers()
+    placer.kill()
+    time.sleep(6)  # it is missed, and there is another one
+    assert kernel.run("print(x)") == "1\n"
+    assert placers() != [placer]
+    assert seconds_until(lambda: reserved(ray) == 1, 10) is not None
+    assert kernel.manager.is_alive()
+
+
+def placers() -> list[psutil.Process]:
+    """The children that speak with Ray."""
+    return [p for p in psutil.Process().children() if "placer" in " ".join(p.cmdline())]
+
+
+def test_a_process_that_was_forked_off_has_nothing_of_it(ray, host, start):
+    kernel = start()
+    assert kernel.run("x = 1") == ""
+    (placer,) = placers()
+    child = os.fork()
+    if child == 0:
+        time.sleep(1)
+        mine = Driver._instance is None and Driver.get().submit(_answer()).result(5) == 42
+        os._exit(0 if mine else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert kernel.run("print(x)") == "1\n"
+    assert placers() == [placer]
+
+
+async def _answer() -> int:
+    return 42
+
+
+def test_a_front_end_that_encrypts_is_heard(ray, host, spec):
+    manager = KernelManager(kernel_name=spec(), transport_encryption="required")
+    manager.start_kernel()
+    client = manager.client()
+    client.start_channels()
+    try:
+        reply = client.execute_interactive("print(1)", timeout=PATIENCE, output_hook=_none)
+        assert reply["content"]["status"] == "ok"
+        assert json.loads(Path(manager.connection_file).read_text())["curve_publickey"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def test_a_process_that_ends_without_a_shutdown_ends_its_kernels(ray, host, spec):
+    script = DRIVER.replace("sys.stdin.read()", "")
+    done = subprocess.run([sys.executable, "-c", script, spec()], timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert not host.qemus()
+
+
 def test_another_process_takes_the_kernel_over(ray, host, start):
     kernel = start()
     assert kernel.run("x = 41") == ""
@@ -362,7 +433,7 @@ def test_another_process_takes_the_kernel_over(ray, host, start):
     async def drop() -> None:
         old._running.link.remove(old._running.name)
         await old._relay.close()
-        await old._give_back()
+        await old._search.give_back()
         old._running = old._relay = None
         instance.leave(old)
 

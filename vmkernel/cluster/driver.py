@@ -20,13 +20,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmkernel.cluster.lease import HostLink
-from vmkernel.cluster.placement import (
-    Cluster,
-    Host,
-    HostFailedError,
-    HostLostError,
-    HostSilentError,
-)
+from vmkernel.cluster.placement import HOST_ERRORS, Cluster, Host
 from vmkernel.errors import VmError
 
 if TYPE_CHECKING:
@@ -63,6 +57,8 @@ class Driver:
         self._kernels: set[ClusterKernel] = set()
         self._avoided: dict[str, float] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._claimed = 0.0
+        """When `get` was called last: a kernel is about to `enter`"""
         self._closing: asyncio.TimerHandle | None = None
         self._thread = threading.Thread(target=self._serve, name="vmkernel-driver", daemon=True)
         self._thread.start()
@@ -77,6 +73,7 @@ class Driver:
             if cls._instance is None:
                 cls._instance = cls()
                 atexit.register(cls._instance.stop)
+            cls._instance._claimed = time.monotonic()
             return cls._instance
 
     @classmethod
@@ -85,6 +82,8 @@ class Driver:
         cls._lock = threading.Lock()
         if cls._instance is not None:
             atexit.unregister(cls._instance.stop)
+            for cluster in cls._instance._clusters.values():
+                cluster.forget()
         cls._instance = None
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
@@ -135,7 +134,11 @@ class Driver:
     def _retire(self) -> None:
         # Under the lock: a kernel that starts now has either entered or gets a new driver
         with Driver._lock:
+            self._closing = None
             if self._kernels or Driver._instance is not self:
+                return
+            if time.monotonic() - self._claimed < LINGER:
+                self._closing = self._loop.call_later(LINGER, self._retire)
                 return
             Driver._instance = None
         self.stop()
@@ -180,7 +183,7 @@ class Driver:
         """Have the actors of all hosts up before a kernel needs them."""
         seen: dict[str, float] = {}
         while not cluster.lost:
-            with contextlib.suppress(HostLostError, HostSilentError, HostFailedError):
+            with contextlib.suppress(*HOST_ERRORS):
                 for host in await cluster.hosts():
                     node = host.facts.node_id
                     due = time.monotonic() - seen.get(node, -HELLO_INTERVAL) >= HELLO_INTERVAL
@@ -192,7 +195,7 @@ class Driver:
     async def _make_ready(self, host: Host) -> None:
         try:
             await host.ready()
-        except (VmError, HostLostError, HostSilentError, HostFailedError) as error:
+        except (VmError, *HOST_ERRORS) as error:
             _log.warning("The VM host %s is not ready: %s", host.label, error)
 
     async def _close(self) -> None:

@@ -12,43 +12,27 @@ import contextlib
 import enum
 import logging
 import signal
-import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from vmkernel.cluster.placement import (
-    Host,
-    HostFailedError,
-    HostLostError,
-    HostSilentError,
-    Reservation,
-    backoff,
-)
+from vmkernel.cluster.placement import HOST_ERRORS, Host
 from vmkernel.cluster.relay import Relay
-from vmkernel.errors import VmCapacityError, VmError, VmGuestError, VmHostLostError
+from vmkernel.cluster.search import Order, Running, Search
+from vmkernel.errors import VmError, VmGuestError, VmHostLostError
 
 if TYPE_CHECKING:
     from vmkernel.cluster.driver import Driver
-    from vmkernel.cluster.lease import HostLink
     from vmkernel.settings import Settings
 
-MOST_TRIES = 5
-"""Hosts that are asked, when one after the other has no slot after all."""
-START_TIMEOUT = 330.0
-"""Seconds until a host has a VM for us: its own limits (boot_timeout for a first template) are
-shorter."""
 CALL_TIMEOUT = 5.0
 """Seconds for what a host does at once."""
 WATCH = 10.0
 """Seconds of one question whether the kernel has ended yet, while it is being shut down."""
 KEPT = 10.0
 """Seconds for which the slot of a kernel that died is kept for its restart."""
-AVOID_WAIT = 10.0
-"""Seconds to wait for a slot elsewhere than on the hosts that are avoided."""
 LOST_CODE = 255
 """The exit code of a kernel whose host was lost."""
 
-_HOST_ERRORS = (HostLostError, HostSilentError, HostFailedError)
 _log = logging.getLogger(__name__)
 
 
@@ -64,28 +48,17 @@ class State(enum.Enum):
     ENDED = "ended"
 
 
-class Order(NamedTuple):
-    """What is to be started."""
-
-    kernel_name: str
-    argv: list[str]
-    env: dict[str, str]
-    cwd: str
-
-
-class Running(NamedTuple):
-    """A kernel that runs on a host."""
-
-    name: str
-    host: Host
-    link: HostLink
-    info: dict[str, Any]
-
-
 class ClusterKernel:
     """A kernel and its relay.  `launch` may be called again after it ended; `close` is the end."""
 
-    def __init__(self, kernel_id: str, driver: Driver, settings: Settings) -> None:
+    def __init__(
+        self,
+        kernel_id: str,
+        driver: Driver,
+        settings: Settings,
+        kernel_info: Mapping[str, Any] | None = None,
+    ) -> None:
+        """*kernel_info* is what is known of the kernel before it is there."""
         self.kernel_id = kernel_id
         self.lease = settings.cluster_lease
         self.exit_code: int | None = None
@@ -93,13 +66,12 @@ class ClusterKernel:
         self.state = State.NEW
         self._driver = driver
         self._settings = settings
+        self._kernel_info = kernel_info
         self._relay: Relay | None = None
         self._order: Order | None = None
         self._placing: asyncio.Task[None] | None = None
-        self._reservation: Reservation | None = None
-        self._release: asyncio.TimerHandle | None = None
         self._running: Running | None = None
-        self._starts = 0
+        self._search = Search(kernel_id, driver, settings)
         self._shutdown = False
         self._watching: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
@@ -122,7 +94,7 @@ class ClusterKernel:
             "host": running.host.facts._asdict() if running else None,
             "remote_id": running.name if running else None,
             "remote": running.info if running else None,
-            "starts": self._starts,
+            "starts": self._search.starts,
         }
 
     async def launch(
@@ -135,12 +107,9 @@ class ClusterKernel:
         Raises VmError: the ports cannot be bound.
         """
         self._driver.enter(self)
+        await self._stop_placing()
         if self._relay is None:
-            relay = Relay(info)
-            relay.on_work = self._on_work
-            relay.on_shutdown = self._on_shutdown
-            await relay.open()
-            self._relay = relay
+            self._relay = await self._open(info)
         else:
             self._relay.waiting()
         self._order = order if failure is None else None
@@ -158,30 +127,38 @@ class ClusterKernel:
         """
         self._driver.enter(self)
         self._order = order
-        self._relay = relay = Relay(info)
-        relay.on_work = self._on_work
-        relay.on_shutdown = self._on_shutdown
-        await relay.open()
-        self._starts = int(told["starts"])
+        self._relay = await self._open(info)
+        self._search.starts = int(told["starts"])
+        if told["host"] is None:  # it waited for a slot
+            self._begin()
+            return
         cluster = await self._driver.cluster(self._settings)
         try:
             host = await cluster.host(told["host"]["node_id"])
             states = await host.call("renew", [told["remote_id"]], timeout=CALL_TIMEOUT)
-        except _HOST_ERRORS as error:
+        except HOST_ERRORS as error:
             raise VmHostLostError(f"The kernel's host cannot be reached: {error}") from error
         if states.get(told["remote_id"], {}).get("state") != "running":
             raise VmHostLostError(f"The kernel does not run on {host.label} any more")
         self.exit_code, self.state = None, State.PLACING
-        await self._run(told["remote_id"], host, dict(told["remote"]))
-        self._driver.spawn(self._reserve_again(host))
+        link = await self._driver.link(self._settings, host)
+        await self._run(Running(told["remote_id"], host, link, dict(told["remote"]), []))
+        self._driver.spawn(self._search.hold(host))
+
+    async def _open(self, info: Mapping[str, Any]) -> Relay:
+        relay = Relay(info, kernel_info=self._kernel_info)
+        relay.on_work = self._on_work
+        relay.on_shutdown = self._on_shutdown
+        await relay.open()
+        return relay
 
     async def signal(self, signum: int) -> None:
         """Send a signal to the kernel's process; before there is one, an end is its end."""
+        if signum in (signal.SIGTERM, signal.SIGKILL):
+            self.watch_shutdown()
         if self._running is None:
-            if signum in (signal.SIGTERM, signal.SIGKILL):
-                self._on_shutdown(False)
             return
-        with contextlib.suppress(*_HOST_ERRORS):
+        with contextlib.suppress(*HOST_ERRORS):
             await self._running.host.call(
                 "signal", self._running.name, int(signum), timeout=CALL_TIMEOUT
             )
@@ -205,7 +182,7 @@ class ClusterKernel:
         running.link.remove(running.name)
         try:
             await running.host.call("end", running.name, kill=True, timeout=CALL_TIMEOUT)
-        except _HOST_ERRORS:
+        except HOST_ERRORS:
             running.link.abandon(running.name)
         if self._running is running:
             self._finish(-signal.SIGKILL)
@@ -218,7 +195,7 @@ class ClusterKernel:
     async def close(self) -> None:
         """End it, and give everything back; idempotent."""
         await self.end()
-        await self._give_back()
+        await self._search.give_back()
         if self._relay is not None:
             relay, self._relay = self._relay, None
             await relay.close()
@@ -235,16 +212,12 @@ class ClusterKernel:
             why = f"signal {-exit_code}" if exit_code < 0 else f"exit code {exit_code}"
             self._relay.fail(
                 VmGuestError(
-                    f"The kernel on {host} ended ({why})",
+                    f"The kernel on {host} ended: {why}",
                     hint="restart the kernel; its log is on that host (`vmkernel logs`)",
                     code_ran="unknown",
                 )
             )
         self._finish(exit_code)
-        # Its restart goes to the same host, if it comes soon
-        self._release = asyncio.get_running_loop().call_later(
-            KEPT, lambda: self._driver.spawn(self._give_back())
-        )
 
     def lost(self, why: str) -> None:
         """Its host is gone, or was given up."""
@@ -259,8 +232,14 @@ class ClusterKernel:
                     code_ran="unknown",
                 )
             )
-        self._driver.spawn(self._give_back())
         self._finish(LOST_CODE)
+        self._driver.spawn(self._search.give_back())
+
+    def moved(self, host: Host) -> None:
+        """The cluster was joined anew, by another process: what was reserved went with the old."""
+        if self._running is not None:
+            self._running = self._running._replace(host=host)
+            self._driver.spawn(self._search.hold(host))
 
     def silent(self, seconds: float) -> None:
         """There has been no contact with its host for that long."""
@@ -295,13 +274,18 @@ class ClusterKernel:
             self._placing.cancel()
         if self._running is None:
             self._finish(0)
+        else:  # it was being connected to
+            self._driver.spawn(self.end())
 
     async def _place(self) -> None:
         try:
-            await self._try_hosts()
+            assert self._order is not None
+            assert self._relay is not None
+            await self._run(await self._search.find(self._order, self._relay.info, self._relay.say))
         except VmError as error:
+            await self._let_go()
             self._fail(error)
-        except _HOST_ERRORS as error:
+        except HOST_ERRORS as error:
             self._fail(
                 VmError(
                     f"The cluster does not answer: {error}",
@@ -313,123 +297,28 @@ class ClusterKernel:
             _log.exception("a kernel could not be placed")
             self._fail(VmError(f"The kernel could not be placed: {type(error).__name__}: {error}"))
 
-    async def _try_hosts(self) -> None:
-        """Start on one host after the other, until one has a VM."""
-        assert self._relay is not None
-        wait = self._settings.cluster_wait
-        end = None if wait is None else time.monotonic() + wait
-        told = ""
-        for attempt in range(1, MOST_TRIES + 1):
-            reservation = await self._reserve(end)
-            self._relay.say(f"starting a VM on {reservation.host.label}")
-            try:
-                answer = await self._start(reservation.host)
-            except _HOST_ERRORS as error:
-                answer = {"refused": "host", "message": str(error)}
-            if "info" in answer:
-                return
-            await self._give_back()
-            self._driver.avoid(reservation.host)
-            told = f"{reservation.host.label}: {answer.get('message') or answer.get('error')}"
-            if "error" in answer:
-                problem = VmError(told, hint=str(answer.get("hint") or ""))
-            else:
-                problem = VmCapacityError(
-                    f"{attempt} hosts of the cluster had no VM slot after all, the last one {told}",
-                    hint="VMs that the cluster does not count may run there (`vmkernel ps`): give "
-                    "the cluster the slots that it may have (`vmkernel capacity`)",
-                )
-            if attempt == MOST_TRIES:
-                raise problem
-            self._relay.say(f"{told}; trying another host")
-            await asyncio.sleep(backoff(attempt))
-
-    async def _reserve(self, end: float | None) -> Reservation:
-        """The slot that is kept, or a new one; not where there was none a moment ago."""
-        assert self._relay is not None
-        if self._release is not None:
-            self._release.cancel()
-            self._release = None
-        kept = self._reservation
-        if kept is not None:
-            if not kept.host.cluster.lost and kept.host.facts.alive:
-                return kept
-            await self._give_back()
-        self._relay.say("joining the cluster")
-        cluster = await self._driver.cluster(self._settings)
-        avoid = self._driver.avoided()
-        name = f"vmkernel-{self.kernel_id}"
-        while True:
-            left = None if end is None else max(0.0, end - time.monotonic())
-            # Nobody is avoided for long: the others may be full, and stay so
-            part = min(left, AVOID_WAIT) if avoid and left is not None else left
-            part = AVOID_WAIT if avoid and part is None else part
-            try:
-                self._reservation = await cluster.reserve(
-                    name, avoid=avoid, timeout=part, say=self._relay.say
-                )
-                return self._reservation
-            except VmCapacityError:
-                if not avoid or part == left:
-                    raise
-                avoid = frozenset()
-
-    async def _start(self, host: Host) -> dict[str, Any]:
-        """Ask *host* for a kernel; its answer, with "info" when it has started one."""
-        assert self._order is not None
-        assert self._relay is not None
-        self._starts += 1
-        name = self.kernel_id if self._starts == 1 else f"{self.kernel_id}.{self._starts}"
-        local = self._relay.info
-        request = {
-            "kernel_id": name,
-            "kernel_name": self._order.kernel_name,
-            "key": _text(local.get("key", "")),
-            "signature_scheme": local.get("signature_scheme", "hmac-sha256"),
-            "env": self._order.env,
-            "cwd": self._order.cwd,
-            "lease": self.lease,
-            "argv": self._order.argv,
-        }
-        link = await self._driver.link(self._settings, host)
-        answer: dict[str, Any] = {}
-        try:
-            answer = await host.call("start", request, timeout=START_TIMEOUT, make=True)
-            if "info" in answer:
-                await self._run(name, host, answer["info"])
-                for note in answer.get("notes", ()):
-                    self._relay.warn(note)
-        finally:
-            # Also when this is cancelled in the midst of it: the host may have started it
-            if self._running is None and "refused" not in answer and "error" not in answer:
-                link.abandon(name)
-        return answer
-
-    async def _run(self, name: str, host: Host, info: dict[str, Any]) -> None:
+    async def _run(self, running: Running) -> None:
         """A kernel runs there: connect, and renew its lease from now on."""
         assert self._relay is not None
-        link = await self._driver.link(self._settings, host)
-        self._running = Running(name, host, link, info)
+        self._running = running
         self.state = State.RUNNING
-        link.add(name, self)
-        await self._relay.connect(info)
+        running.link.add(running.name, self)
+        await self._relay.connect(running.info)
+        for note in running.notes:
+            self._relay.warn(note)
 
-    async def _reserve_again(self, host: Host) -> None:
-        """A slot for a kernel that runs already: its former reservation ended with its owner."""
-        with contextlib.suppress(VmError, *_HOST_ERRORS):
-            reservation = await host.cluster.reserve(
-                f"vmkernel-{self.kernel_id}", only=host.facts.node_id, timeout=self.lease
-            )
-            if self._running is None:
-                await reservation.release()
-            else:
-                self._reservation = reservation
+    async def _let_go(self) -> None:
+        """It runs, but not for us: it could not be connected to."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.link.abandon(running.name)
+            await self._search.give_back()
 
     # --- the end ---
 
     async def _watch(self, running: Running) -> None:
         """Ask the host until the kernel has ended; the link's renewals would be too slow."""
-        with contextlib.suppress(*_HOST_ERRORS):
+        with contextlib.suppress(*HOST_ERRORS):
             while self._running is running:
                 code = await running.host.call("wait", running.name, WATCH, timeout=WATCH + 5)
                 if code is not None and self._running is running:
@@ -444,22 +333,10 @@ class ClusterKernel:
         self.state = State.ENDED
         self.exit_code = exit_code
         self._over.set()
+        self._search.keep_for(KEPT)  # its restart goes to the same host, if it comes soon
 
     async def _stop_placing(self) -> None:
         placing, self._placing = self._placing, None
         if placing is not None and placing is not asyncio.current_task():
             placing.cancel()
             await asyncio.wait([placing])
-
-    async def _give_back(self) -> None:
-        """Release the slot; idempotent."""
-        if self._release is not None:
-            self._release.cancel()
-            self._release = None
-        reservation, self._reservation = self._reservation, None
-        if reservation is not None:
-            await reservation.release()
-
-
-def _text(value: object) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)

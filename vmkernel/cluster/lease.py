@@ -13,12 +13,12 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
 
+from vmkernel.cluster.joining import refused
 from vmkernel.cluster.placement import (
     Host,
     HostFailedError,
     HostLostError,
     HostSilentError,
-    refused,
 )
 from vmkernel.errors import VmError
 
@@ -49,6 +49,9 @@ class Leased(Protocol):
     def lost(self, why: str) -> None:
         """Its host is gone, or given up."""
 
+    def moved(self, host: Host) -> None:
+        """It is where it was; *host* is to be asked about it from now on."""
+
     def silent(self, seconds: float) -> None:
         """There has been no contact for that long; once."""
 
@@ -72,8 +75,7 @@ class HostLink:
 
     def add(self, kernel_id: str, kernel: Leased) -> None:
         """A kernel that was started there just now."""
-        if not self._kernels:
-            self._heard = time.monotonic()
+        self._heard = time.monotonic()
         self._kernels[kernel_id] = kernel
         self._wake.set()
 
@@ -130,7 +132,9 @@ class HostLink:
         if kernel is None or state.get("state") == "running":
             return
         del self._kernels[kernel_id]
-        if state.get("state") == "ended":
+        if state.get("why"):
+            kernel.lost(f"{self.host.label} ended it: {state['why']}")
+        elif state.get("state") == "ended":
             code = state.get("exit_code")
             kernel.ended(code if isinstance(code, int) else 1)
         else:
@@ -142,6 +146,8 @@ class HostLink:
             return False
         try:
             self.host = await self._again()
+            for kernel in self._kernels.values():
+                kernel.moved(self.host)
         except HostLostError:
             return False
         except (VmError, HostSilentError, HostFailedError) as error:
@@ -151,11 +157,11 @@ class HostLink:
     async def _judge_silence(self, ids: list[str], why: str) -> None:
         silence = time.monotonic() - self._heard
         kernels = {name: self._kernels[name] for name in ids if name in self._kernels}
-        if kernels and await refused(*next(iter(kernels.values())).shell):
-            self._lose(list(kernels), f"its kernels are gone, and it does not answer ({why})")
-            return
-        for name, kernel in kernels.items():
-            if silence >= kernel.lease + SLACK:
+        told = await asyncio.gather(*(refused(*kernel.shell) for kernel in kernels.values()))
+        for (name, kernel), gone in zip(kernels.items(), told, strict=True):
+            if gone:
+                self._lose([name], f"the kernel is gone, and its host does not answer ({why})")
+            elif silence >= kernel.lease + SLACK:
                 self._lose([name], f"it has not been heard of for {silence:.0f} s")
                 self._abandoned[name] = time.monotonic() + ABANDONED_FOR
         if silence >= TOLD_AFTER and not self._told:

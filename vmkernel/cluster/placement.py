@@ -11,20 +11,22 @@ import asyncio
 import contextlib
 import itertools
 import os
-import random
-import re
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import msgspec
 
 import vmkernel
+from vmkernel.cluster.joining import (
+    WRONG_TOKEN,
+    last_words,
+    refused,
+    start_placer,
+    why_not_joined,
+)
 from vmkernel.cluster.placer import LENGTH
 from vmkernel.errors import VmCapacityError, VmError
 from vmkernel.settings import Settings
@@ -36,13 +38,8 @@ CALL_TIMEOUT = 15.0
 """Seconds for what Ray's head or an idle host answers in milliseconds."""
 ACTOR_TIMEOUT = 60.0
 """Seconds until a host's actor is up: 4 s, a process that imports Ray."""
-PROBE_TIMEOUT = 2.0
-"""Seconds for a machine to refuse or take a connection."""
 SLICE = 1.0
 """Seconds between two looks at the cluster while a kernel waits for a slot."""
-
-
-_WRONG_TOKEN = re.compile("InvalidAuthToken|Unauthenticated|AuthenticationError")
 
 
 class HostLostError(Exception):
@@ -57,6 +54,7 @@ class HostFailedError(Exception):
     """The host answered with an error of its own: a mistake of ours, there or here."""
 
 
+HOST_ERRORS = (HostLostError, HostSilentError, HostFailedError)
 _ERRORS = {"dead": HostLostError, "silent": HostSilentError}
 
 
@@ -99,7 +97,7 @@ class Cluster:
         Raises:
             VmError: Ray is missing, nobody answers, the token is wrong, or versions differ.
         """
-        cluster = cls(*_start_placer())
+        cluster = cls(*start_placer())
         try:
             reader, cluster._writer = await asyncio.open_connection(sock=cluster._channel)
             cluster._listening = asyncio.create_task(cluster._listen(reader))
@@ -108,7 +106,7 @@ class Cluster:
             told = cluster.log_tail()
             await cluster.close()
             if isinstance(error, HostLostError | HostSilentError | HostFailedError):
-                raise _why_not_joined(settings.cluster_address, str(error), told) from error
+                raise why_not_joined(settings.cluster_address, str(error), told) from error
             raise
         return cluster
 
@@ -120,8 +118,8 @@ class Cluster:
         asking = asyncio.create_task(self.ask("join", address, seconds=JOIN_TIMEOUT))
         try:
             while not (await asyncio.wait([asking], timeout=0.25))[0]:
-                if _WRONG_TOKEN.search(told := self.log_tail()):
-                    raise HostFailedError(_last_words(told))
+                if WRONG_TOKEN.search(told := self.log_tail()):
+                    raise HostFailedError(last_words(told))
             self.interface = (await asking)["interface"]
         finally:
             asking.cancel()
@@ -246,6 +244,13 @@ class Cluster:
             return os.pread(self._log.fileno(), 8192, max(0, size - 8192)).decode(errors="replace")
         return ""
 
+    def forget(self) -> None:
+        """In a process that was forked off: let go of the parent's socket.
+
+        The placer ends when the last copy of it is closed, and the child may outlive the parent.
+        """
+        self._channel.close()
+
     async def close(self) -> None:
         """Leave the cluster; whatever is reserved is given back by that."""
         self._lost = self._lost or "the cluster was left"
@@ -276,7 +281,7 @@ class Cluster:
                     answer.set_result((kind, value))
         except (OSError, EOFError):
             self._lost = "the process that speaks with Ray ended: " + (
-                _last_words(self.log_tail()) or "it was killed"
+                last_words(self.log_tail()) or "it was killed"
             )
             self._fail_questions()
 
@@ -353,86 +358,3 @@ class Reservation:
     async def release(self) -> None:
         """Give the slot back; idempotent, never fails."""
         await self._cluster._release(self._group)
-
-
-async def refused(ip: str, port: int) -> bool:
-    """Whether that machine lives and says that nobody listens there."""
-    try:
-        async with asyncio.timeout(PROBE_TIMEOUT):
-            _, writer = await asyncio.open_connection(ip, port)
-    except ConnectionRefusedError:
-        return True
-    except (OSError, TimeoutError):
-        return False
-    writer.close()
-    with contextlib.suppress(OSError):
-        await writer.wait_closed()
-    return False
-
-
-def backoff(attempt: int) -> float:
-    """Seconds before the *attempt*-th try (from 1): doubling from 0.2 s, with jitter."""
-    return 0.2 * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)
-
-
-def _start_placer() -> tuple[subprocess.Popen[bytes], socket.socket, IO[bytes]]:
-    """The child process, our end of the socket to it, and what it writes.  Raises VmError."""
-    ours, theirs = socket.socketpair()
-    log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the cluster
-    try:
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "vmkernel.cluster.placer"],
-                stdin=theirs.fileno(),
-                stdout=log,
-                stderr=log,
-                # Ray puts it on the search path of its workers: nothing of the user's
-                cwd=Path(vmkernel.__file__).parent.parent,
-                start_new_session=True,  # a Ctrl-C in the terminal is not for it
-            )
-    except OSError as error:
-        ours.close()
-        log.close()
-        raise VmError(
-            f"The process that speaks with Ray cannot be started: {error}",
-            hint="the host may be out of processes or memory (`vmkernel doctor`)",
-        ) from error
-    return process, ours, log
-
-
-def _last_words(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return re.sub(r"^\[[^]]*\] ", "", lines[-1])[:300] if lines else ""
-
-
-def _why_not_joined(address: str, reason: str, told: str) -> VmError:
-    """What a failed join means, and what to do; *told* is what Ray wrote on its own."""
-    where = "of this host" if address == "auto" else f"at {address}"
-    if "ImportError" in reason or "ModuleNotFoundError" in reason:
-        if "a directory is named ray" in reason:
-            return VmError(
-                f"Ray cannot be imported: {reason.partition(': ')[2]} is found in its place",
-                hint="rename that directory, or take it out of PYTHONPATH",
-            )
-        return VmError(
-            f"Kernels on a cluster need Ray, which cannot be imported here: {reason}",
-            hint="pip install 'vmkernel[ray]'",
-        )
-    everything = f"{reason}\n{told}"
-    if _WRONG_TOKEN.search(everything):
-        return VmError(
-            f"The Ray cluster {where} refuses this host's token",
-            hint="set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN (or the file RAY_AUTH_TOKEN_PATH, "
-            "~/.ray/auth_token) to the token that the head was started with",
-        )
-    if "ersion mismatch" in everything:
-        return VmError(
-            f"The Ray cluster {where} has another version of Ray or of Python: "
-            + " ".join(reason.split()),
-            hint="use the same versions of Ray and Python on all hosts",
-        )
-    return VmError(
-        f"No Ray cluster answers {where}: {_last_words(told) or reason}",
-        hint="start Ray on this host (`ray start --address=HEAD:6379`, docs/cluster.md), and set "
-        "cluster_address or RAY_ADDRESS when it has several",
-    )

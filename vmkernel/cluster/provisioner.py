@@ -40,7 +40,6 @@ class RayProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     _kernel: ClusterKernel | None = None
     _driver: Driver | None = None
-    _failure: VmError | None = None
     _has_process = False
 
     @property
@@ -99,7 +98,8 @@ class RayProvisioner(KernelProvisionerBase):  # type: ignore[misc]
 
     async def launch_kernel(self, cmd: list[str], **kwargs: Any) -> dict[str, Any]:
         """Bind the five sockets and return; a slot and a host are looked for behind them."""
-        from vmkernel.cluster.kernel import ClusterKernel, Order
+        from vmkernel.cluster.kernel import ClusterKernel
+        from vmkernel.cluster.search import Order
 
         failure: VmError | None = None
         try:
@@ -115,7 +115,9 @@ class RayProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         )
         if self._kernel is None:
             self._driver = Driver.get()
-            self._kernel = ClusterKernel(self.kernel_id, self._driver, settings)
+            self._kernel = ClusterKernel(
+                self.kernel_id, self._driver, settings, self._expected(settings)
+            )
         assert self._driver is not None
         info = await self._driver.run(self._kernel.launch(self.connection_info, order, failure))
         self.connection_info = info = {**info, "key": _as_bytes(info.get("key", b""))}
@@ -146,13 +148,14 @@ class RayProvisioner(KernelProvisionerBase):  # type: ignore[misc]
         Raises:
             VmError: it does not run any more, or cannot be reached.
         """
-        from vmkernel.cluster.kernel import ClusterKernel, Order
+        from vmkernel.cluster.kernel import ClusterKernel
+        from vmkernel.cluster.search import Order
 
         await super().load_provisioner_info(provisioner_info)
         settings = load_settings(dict(self.options))
         order = Order(self.kernel_name, _as_options(self.options), {}, os.getcwd())  # noqa: PTH109
         driver = Driver.get()
-        kernel = ClusterKernel(self.kernel_id, driver, settings)
+        kernel = ClusterKernel(self.kernel_id, driver, settings, self._expected(settings))
         try:
             await driver.run(kernel.adopt(self.connection_info, order, provisioner_info["cluster"]))
         except VmError:
@@ -163,6 +166,25 @@ class RayProvisioner(KernelProvisionerBase):  # type: ignore[misc]
     def get_stable_start_time(self, recommended: float = 10.0) -> float:
         """As Jupyter's own: a kernel that waits for a slot does not die of it."""
         return recommended
+
+    def _expected(self, settings: Settings) -> dict[str, Any] | None:
+        """What the kernel will say of itself, for front ends that ask before it is there."""
+        name = self.kernel_spec.language
+        if name == "python":
+            return None  # as every image of ours says it
+        from vmkernel.cli.install import chosen_recipe
+
+        recipe = chosen_recipe(settings)
+        known = recipe.language if recipe is not None and recipe.language.name == name else None
+        language = {
+            "name": name,
+            "version": "",
+            "mimetype": known.mimetype if known else "text/plain",
+            "file_extension": known.file_extension if known else ".txt",
+        }
+        if known is not None and known.pygments_lexer:
+            language["pygments_lexer"] = known.pygments_lexer
+        return {"implementation": "vmsandbox", "language_info": language, "help_links": []}
 
     def _passed(self, env: Mapping[str, str], settings: Settings) -> dict[str, str]:
         """The variables that are meant for the kernel.
