@@ -446,6 +446,8 @@ def test_another_process_takes_the_kernel_over(ray, host, start):
     )  # fmt: skip
     asyncio.run(heir.load_provisioner_info(info))
     manager.provisioner = heir
+    while kernel.client.get_iopub_msg(timeout=10)["msg_type"] != "iopub_welcome":
+        pass  # of the front end's own connection, which ZeroMQ makes anew
     assert kernel.run("print(x + 1)") == "42\n"
     assert seconds_until(lambda: reserved(ray) == 1, 5) is not None
 
