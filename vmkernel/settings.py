@@ -57,6 +57,10 @@ FilesChoice = Literal["off", "ask", "on"]
 
 NOTIFY_SOCKET = "VMKERNEL_NOTIFY_SOCKET"
 """Where a kernel tells how its start goes (`vmkernel.kernel.notify`)"""
+NOTEBOOK_DIRECTORY = "VMKERNEL_NOTEBOOK_DIRECTORY"
+"""Where the front end is at work, for a kernel on a host that has no such directory to start in"""
+_NO_SETTINGS = frozenset({trace.VARIABLE, NOTIFY_SOCKET, NOTEBOOK_DIRECTORY})
+"""For developers, and for who starts a kernel for others"""
 SYSTEM_CONFIG = Path("/etc/vmkernel/config.toml")
 ENVIRONMENT_PREFIX = "VMKERNEL_"
 
@@ -492,8 +496,7 @@ def load_settings_with_sources(
     for name, value in (overrides or {}).items():
         take(name.replace("-", "_"), value, f"kernelspec option --{name.replace('_', '-')}")
     for variable, value in environ.items():
-        # For developers, and for who starts a kernel for others: they change nothing
-        if variable in (trace.VARIABLE, NOTIFY_SOCKET):
+        if variable in _NO_SETTINGS:
             continue
         if variable.startswith(ENVIRONMENT_PREFIX) and value:
             name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()

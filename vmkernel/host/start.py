@@ -376,8 +376,12 @@ class VmStart:
 
     async def _start(self, progress: Progress) -> Started:
         settings = self.settings
-        env = environment(self.label, settings)  # first: its mistakes need no slot to be told
+        from vmkernel.image.store import find_image
+
+        # First what needs no slot to be told: mistakes in settings, an image that is not there
+        env = environment(self.label, settings)
         workspace = workspace_of(self.label, settings)
+        find_image(settings.recipe, settings)
         record = _new_record(settings, self.label, workspace)
         self.vm_id = record.vm_id
         self._recorder.write(lambda: _tidy(settings))

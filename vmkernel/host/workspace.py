@@ -133,6 +133,12 @@ def _why_not(path: str, home: str) -> tuple[str, str]:
         return f"{path} contains home directories", _ELSEWHERE
     if path == _GUESTS_HOME:
         return f"{path} is the guest's own home directory, too", _ELSEWHERE
+    if not os.path.lexists(path):
+        where = os.uname().nodename
+        return (
+            f"there is no {path} on {where}",
+            "mount it there, or name another: VMKERNEL_WORKSPACE_DIR",
+        )
     if not Path(path).is_dir():
         return f"{path} is not a directory", "name one that is there"
     if not os.access(path, os.R_OK | os.X_OK):

@@ -125,8 +125,11 @@ def label_of(connection_file: Path) -> Label:
     from vmkernel.host.start import Label
 
     kernel_id = connection_file.stem.removeprefix("kernel-")
+    from vmkernel.settings import NOTEBOOK_DIRECTORY
+
     try:
-        directory = os.getcwd()  # noqa: PTH109
+        # One that is on the front end's host only is told of in the notebook
+        directory = os.environ.get(NOTEBOOK_DIRECTORY) or os.getcwd()  # noqa: PTH109
     except OSError:  # it was removed
         directory = ""
     return Label(kernel_id, str(connection_file.absolute()), directory=directory)

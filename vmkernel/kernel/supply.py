@@ -321,7 +321,7 @@ class GuestSupply:
     async def _bring_up(self) -> Guest:
         if self._final is not None:
             self.failed = self._final
-            self._notify(str(self._final), error=errno.EINVAL)
+            self._notify_failure(self._final)
             raise self._final
         begun, self._begun = self._begun, None
         if begun is not None:
@@ -343,8 +343,7 @@ class GuestSupply:
         except BaseException as error:
             self.failed = error if isinstance(error, VmError) else None
             if self.failed is not None:
-                full = isinstance(error, VmCapacityError)
-                self._notify(str(error), error=CAPACITY if full else errno.EIO)
+                self._notify_failure(self.failed)
             self._failed_at = time.monotonic()
             self._start = None
             raise
@@ -358,13 +357,14 @@ class GuestSupply:
         self._ended.clear()
         self._clock = time.time() - time.monotonic()
         self._text = ""
+        self._notify("running")
         return guest
 
     async def _adopt(self, guest: Guest) -> Guest:
         """Give a guest that waited its kernel's environment, fresh entropy and the right time."""
         from vmkernel.protocol import messages
 
-        self._notify(ready=True)
+        self._notify("running", ready=True)
         timeout = min(ADOPT_SECONDS, self._settings.start_timeout)
         try:
             env = environment(self._label, self._settings)
@@ -425,9 +425,14 @@ class GuestSupply:
         if self._show is not None:
             self._show(text)
 
-    def _notify(self, status: str = "", *, ready: bool = False, error: int = 0) -> None:
+    def _notify(self, status: str = "", *, ready: bool = False) -> None:
         if not self._waiting:  # else the environment is not its kernel's
-            notify(status, ready=ready, error=error)
+            notify(status, ready=ready)
+
+    def _notify_failure(self, error: VmError) -> None:
+        if not self._waiting:
+            number = CAPACITY if isinstance(error, VmCapacityError) else errno.EIO
+            notify(error.message, error=number, hint=error.hint)
 
     def _set_limits(self) -> None:
         settings, start = self._settings, self._start
