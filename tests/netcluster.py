@@ -40,11 +40,11 @@ def missing() -> str:
 class NetHost:
     """One namespace, its raylet, and the directories of a VM host."""
 
-    def __init__(self, cluster: NetCluster, number: int, slots: int) -> None:
+    def __init__(self, cluster: NetCluster, number: int, slots: int, name: str = "gateway") -> None:
         self.cluster = cluster
         self.number = number
         self.slots = slots
-        self.name = f"gateway{cluster.tag}" if not slots else f"vmhost{number}{cluster.tag}"
+        self.name = f"{name}{cluster.tag}" if not slots else f"vmhost{number}{cluster.tag}"
         self.namespace = f"vmk{cluster.tag}n{number}"
         self.link = f"vmk{cluster.tag}v{number}"
         self.ip = f"{SUBNET}.{number + 1}"
@@ -61,8 +61,9 @@ class NetHost:
     @property
     def env(self) -> dict[str, str]:
         """The environment of everything on this host."""
+        own = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
         return {
-            **os.environ,
+            **own,
             **self.vms.env,
             **self.cluster.env,
             "VMKERNEL_MAX_CONCURRENT_VMS": str(self.slots or 1),
@@ -162,6 +163,8 @@ class NetCluster:
         }
         self.gateway = NetHost(self, 0, 0)
         self.hosts = [NetHost(self, number, most) for number, most in enumerate(slots, 1)]
+        self.hub = NetHost(self, len(slots) + 1, 0, "hub")
+        """Where people are: it has no part in Ray"""
 
     @property
     def address(self) -> str:
@@ -171,7 +174,7 @@ class NetCluster:
     @property
     def all(self) -> list[NetHost]:
         """The gateway first."""
-        return [self.gateway, *self.hosts]
+        return [self.gateway, *self.hosts, self.hub]
 
     def __enter__(self) -> NetCluster:
         try:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,19 @@ _SETTINGS = {"@jupyterlab/apputils-extension/notification": {"fetchNews": "false
 
 
 class LabServer:
-    """``python -m jupyterlab`` on *root*, serving the kernelspecs that this process sees."""
+    """``python -m jupyterlab`` on *root*, serving the kernelspecs that this process sees.
 
-    def __init__(self, root: Path, log: Path) -> None:
+    Or those of a gateway: *options* are for its command line, which runs as *command* has it.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        log: Path,
+        *,
+        options: Sequence[str] = (),
+        command: Callable[..., list[str]] = lambda *words: list(words),
+    ) -> None:
         self.root = root
         self.log = log
         self.token = secrets.token_hex(16)
@@ -41,11 +52,12 @@ class LabServer:
         env["JUPYTER_TOKEN"] = self.token  # not on the command line, which everyone may read
         with log.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+                command(
+                 sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
                  f"--ServerApp.port={_free_port()}", f"--ServerApp.root_dir={root}",
                  "--ServerApp.ip=127.0.0.1", "--LabApp.expose_app_in_browser=True",
                  "--JupyterNotebookApp.expose_app_in_browser=True",
-                 *_QUIET],
+                 *_QUIET, *options),
                 env=env, cwd=root, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
             )  # fmt: skip
         try:
