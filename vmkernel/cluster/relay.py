@@ -15,22 +15,29 @@ from typing import Any
 
 import msgspec
 
-from vmkernel.cluster.remote import ASKING, Remote
+from vmkernel.cluster.relay_sockets import FrontEnds, Passing, delimiter_in, header_of
+from vmkernel.cluster.relay_waiting import Pending, Waiting
+from vmkernel.cluster.remote import Remote
 from vmkernel.errors import VmError
 from vmkernel.kernel import local
-from vmkernel.kernel.progress import Notice
-from vmkernel.kernel.sockets import DELIMITER, Request, Sockets
+from vmkernel.kernel.sockets import DELIMITER
+from vmkernel.text import plain_text
 
 log = logging.getLogger("vmkernel")
 
-MOST_HELD = 1000
-"""Requests that wait for a kernel; one more is answered with an error."""
-MOST_PENDING = 10_000
-"""Requests of which is known that they have no answer yet."""
 WELCOME_SECONDS = 3.0
 """How long a kernel may take to say that its iopub is heard, before requests go all the same."""
+PATIENCE = 2.0
+"""Seconds that an editor's question waits for a kernel that is coming up (as on one host)."""
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
+
+
+class _Count(msgspec.Struct):
+    execution_count: int | None = None
+
+
+_decode_count = msgspec.json.Decoder(_Count).decode
 
 
 class State(enum.Enum):
@@ -39,6 +46,7 @@ class State(enum.Enum):
     WAITING = "waiting"  # they are held
     CONNECTING = "connecting"  # held, until iopub is heard
     UP = "up"
+    ENDING = "ending"  # it was shut down: held, for the next one
     FAILED = "failed"  # answered with an error
 
 
@@ -65,16 +73,20 @@ class Relay:
         """A shutdown_request came while there is no kernel; it is answered."""
         self.on_work: Callable[[], None] = lambda: None
         """A cell came after :meth:`fail`: call :meth:`waiting` to have it held."""
-        self._sockets: Sockets | None = None
+        self._sockets: FrontEnds | None = None
+        self._waiting: Waiting | None = None
+        self._pending = Pending()
         self._remote: Remote | None = None
-        self._welcome: asyncio.Event = asyncio.Event()
-        self._held: list[Request] = []
-        self._pending: dict[str, Request] = {}
-        self._running = b"{}"
-        """The header of the cell that was sent last: what is to be told of its kernel goes there"""
-        self._notice: Notice | None = None
-        self._text = ""
+        self._welcome = asyncio.Event()
+        self._own_info: dict[str, Any] | None = None
+        """What the kernel itself said on a kernel_info_request"""
+        self._count = 0
+        """The kernel's last execution count"""
         self._error: VmError | None = None
+
+    def __repr__(self) -> str:
+        held = len(self._waiting) if self._waiting is not None else 0
+        return f"<Relay {self.state.value}: held={held} pending={len(self._pending)}>"
 
     @property
     def info(self) -> dict[str, Any]:
@@ -83,33 +95,34 @@ class Relay:
 
     async def open(self) -> None:
         """Bind.  Raises VmError."""
-        ports = ("shell", "iopub", "stdin", "control", "hb")
-        info = {"ip": "127.0.0.1", "transport": "tcp", **self._wanted}
-        for name in ports:
-            info.setdefault(f"{name}_port", 0)
-        self._sockets = sockets = Sockets(None, self._on_request)
-        sockets.open(info)
+        sockets = FrontEnds(self._on_request)
+        sockets.open(self._wanted)
+        self._sockets, self._waiting = sockets, Waiting(sockets)
         sockets.status("starting")
 
     # --- what the driver says ---
 
     def say(self, text: str) -> None:
         """What is waited for: shown in the notebook, to the first who waits, when it lasts."""
-        self._text = text
-        if self._notice is not None:
-            self._notice.show(text)
+        if self._waiting is not None:
+            self._waiting.say(plain_text(text))
 
     def warn(self, text: str) -> None:
         """Tell whoever runs a cell, on standard error."""
-        if self._sockets is not None and self._running != b"{}":
-            self._sockets.stderr(f"{text}\n", self._running)
+        cell = self._pending.running
+        if self._sockets is not None and cell is not None:
+            self._sockets.stderr(f"{plain_text(text)}\n", cell.raw[0])
 
     async def connect(self, remote: Mapping[str, Any]) -> None:
         """Forward to this kernel from now on, what was held first.  Raises VmError."""
+        if self._sockets is None or self._waiting is None:
+            raise VmError("the relay is closed", hint="open it before a kernel is connected")
         self._detach()
+        self._remote = mine = Remote(
+            remote, self._sockets.context, self._on_answer, self._sockets.release
+        )
         self.state, self._error = State.CONNECTING, None
         self._welcome = asyncio.Event()
-        self._remote = mine = Remote(remote, self._on_answer)
         try:
             # Nothing that is published now may be lost (JEP 65, iopub_welcome)
             await asyncio.wait_for(self._welcome.wait(), WELCOME_SECONDS)
@@ -118,135 +131,167 @@ class Relay:
         if self._remote is not mine or self.state is not State.CONNECTING:
             return  # it failed, or was let go, meanwhile
         self.state = State.UP
-        self._hush()
-        held, self._held = self._held, []
-        for request in held:
-            self._forward(request)
+        self._dispatch_held()
 
     def fail(self, error: VmError) -> None:
         """Answer every request that has no answer with this error, and those that come."""
         self._detach()
         self.state, self._error = State.FAILED, error
-        self._hush()
-        requests = [*self._pending.values(), *self._held]
-        self._pending.clear()
-        self._held.clear()
-        self._running = b"{}"
+        requests = self._pending.take_all()
+        if self._waiting is not None:
+            requests += self._waiting.take_all()
         for request in requests:
             self._refuse(request, local.explain(error))
 
     def waiting(self) -> None:
         """There is no kernel, but there will be one: hold requests.
 
-        Those that the last one had are not answered any more, as with any kernel that is restarted.
+        Those that the last one had are not answered any more, as with any kernel that is restarted,
+        and those that waited for it do not run: both were meant for what is given up.
         """
+        former, self.state = self.state, State.WAITING
         self._detach()
-        self._pending.clear()
-        self._running = b"{}"
-        self.state, self._error, self._text = State.WAITING, None, ""
+        self._pending.take_all()
+        self._error = None
+        if self._sockets is None or self._waiting is None:
+            return
+        self._waiting.text = ""
+        if former is State.ENDING:
+            self._sockets.status("starting")
+            self._dispatch_held()
+        else:
+            self._drop_held()
+            self._sockets.status("starting")
 
     async def close(self) -> None:
         """Let go of everything, after what is queued was sent (a second at most)."""
         self._detach()
-        self._hush()
-        sockets, self._sockets = self._sockets, None
-        self._held.clear()
-        self._pending.clear()
+        if self._waiting is not None:
+            self._waiting.take_all()
+        sockets, self._sockets, self._waiting = self._sockets, None, None
+        self._pending.take_all()
         if sockets is not None:
-            sockets.close()
+            await sockets.close_gently()
 
     # --- from front ends ---
 
-    def _on_request(self, request: Request) -> None:
-        if self.state is State.UP:
+    def _on_request(self, request: Passing) -> None:
+        msg_type, state = request.msg_type, self.state
+        if msg_type == "connect_request" and state is not State.FAILED:
+            self._answer(request, self._ports())  # where the kernel is, is nothing to front ends
+        elif state is State.UP:
             self._forward(request)
         elif request.channel == "stdin":
             return  # nobody asked
-        elif request.msg_type == "kernel_info_request":
-            self._answer(request, {"status": "ok", **self._kernel_info()})
-        elif request.msg_type == "interrupt_request":
-            self._interrupt(request)
-        elif request.msg_type == "shutdown_request":
+        elif state is State.CONNECTING and msg_type == "shutdown_request":
+            self._drop_held()
+            self._forward(request)
+        elif state is State.ENDING and msg_type != "shutdown_request":
+            self._hold(request)
+        elif msg_type == "kernel_info_request":
+            if state is State.CONNECTING and self._own_info is None:
+                self._hold_for_a_while(request)
+            else:
+                self._answer(request, self._kernel_info())
+        elif msg_type == "interrupt_request":
+            self._drop_held("execute_request")
+            self._answer(request, {"status": "ok"})
+            self.on_interrupt()
+        elif msg_type == "shutdown_request":
+            self._drop_held()
             restart = bool(request.content.get("restart"))
             self._answer(request, {"status": "ok", "restart": restart})
             self.on_shutdown(restart)
-        elif request.msg_type in local.WITHOUT_GUEST:
-            self._answer(request, local.without_guest(request.msg_type, request.content))
+        elif msg_type in local.WITHOUT_GUEST and state is not State.FAILED:
+            self._hold_for_a_while(request)
+        elif msg_type in local.WITHOUT_GUEST:
+            self._answer_without(request)
         else:
             self._hold(request)
 
     def _kernel_info(self) -> dict[str, Any]:
+        if self._own_info is not None:
+            return self._own_info
         info = dict(self.kernel_info) if self.kernel_info is not None else None
-        return local.kernel_info(info, None, self._text)
+        text = self._waiting.text if self._waiting is not None else ""
+        return {"status": "ok", **local.kernel_info(info, None, text)}
 
-    def _hold(self, request: Request) -> None:
+    def _ports(self) -> dict[str, Any]:
+        names = ("shell", "iopub", "stdin", "control", "hb")
+        return {"status": "ok", **{f"{name}_port": self.info[f"{name}_port"] for name in names}}
+
+    def _answer_without(self, request: Passing) -> None:
+        if request.msg_type == "kernel_info_request":
+            self._answer(request, self._kernel_info())
+        else:
+            self._answer(request, local.without_guest(request.msg_type, request.content))
+
+    def _hold_for_a_while(self, request: Passing) -> None:
+        assert self._waiting is not None
+        try:
+            self._waiting.hold_for(request, PATIENCE, self._answer_without)
+        except VmError:
+            self._answer_without(request)
+
+    def _hold(self, request: Passing) -> None:
+        assert self._waiting is not None
         if self.state is State.FAILED and request.msg_type == "execute_request":
             self.on_work()
-        if self.state is State.FAILED and self._error is not None:
-            self._refuse(request, local.explain(self._error))
-        elif len(self._held) >= MOST_HELD:
-            error = VmError(
-                f"{MOST_HELD} requests wait for a kernel already", hint="wait until it has come"
-            )
-            self._refuse(request, local.explain(error))
-        else:
-            self._held.append(request)
-            self._show()
+        error = self._error if self.state is State.FAILED else None
+        if error is None:
+            try:
+                self._waiting.hold(request)
+                return
+            except VmError as too_many:
+                error = too_many
+        self._refuse(request, local.explain(error))
 
-    def _show(self) -> None:
-        """Say in the first cell that waits what it waits for."""
-        cells = (held for held in self._held if held.msg_type == "execute_request")
-        cell = next(cells, None)
-        if self._notice is None and cell is not None and self._sockets is not None:
-            visible = not cell.content.get("silent")
-            self._notice = Notice(self._sockets, cell.raw[0], visible)
-            if self._text:
-                self._notice.show(self._text)
+    def _drop_held(self, msg_type: str = "") -> None:
+        """What waits (of this type) will not run: somebody gave it up."""
+        assert self._waiting is not None
+        for request in self._waiting.take_all(msg_type):
+            if request.msg_type in local.WITHOUT_GUEST or request.msg_type == "kernel_info_request":
+                self._answer_without(request)
+            else:
+                self._refuse(request, local.interrupted())
 
-    def _hush(self) -> None:
-        notice, self._notice = self._notice, None
-        if notice is not None:
-            notice.__exit__(None, None, None)
+    def _dispatch_held(self) -> None:
+        """What was held is served as if it came now."""
+        assert self._waiting is not None
+        for request in self._waiting.take_all():
+            self._on_request(request)
 
-    def _interrupt(self, request: Request) -> None:
-        self._hush()
-        held, self._held = self._held, []
-        for waiting in held:
-            self._refuse(waiting, local.interrupted())
-        self._answer(request, {"status": "ok"})
-        self.on_interrupt()
-
-    def _forward(self, request: Request) -> None:
+    def _forward(self, request: Passing) -> None:
         if self._remote is None or self._sockets is None:
             return
+        frames = request.frames
         if request.channel != "stdin":
-            if len(self._pending) >= MOST_PENDING:
-                del self._pending[next(iter(self._pending))]
-            self._pending[request.msg_id] = request
-            if request.msg_type == "execute_request":
-                self._running = request.raw[0]
-        signed = [DELIMITER, self._sockets.sign(request.raw), *request.raw, *request.buffers]
-        self._remote.send(request.channel, [*request.idents, *signed])
+            self._pending.add(request)
+        if not self._remote.send(request.channel, frames):
+            self._sockets.hold(request.channel)
 
-    def _answer(self, request: Request, content: dict[str, Any]) -> None:
+    def _answer(self, request: Passing, content: dict[str, Any]) -> None:
         sockets = self._sockets
         if sockets is not None:
             sockets.status("busy", request.raw[0])
             sockets.reply(request, request.msg_type.replace("_request", "_reply"), content)
             sockets.status("idle", request.raw[0])
 
-    def _refuse(self, request: Request, error: dict[str, Any]) -> None:
+    def _refuse(self, request: Passing, error: dict[str, Any]) -> None:
         sockets = self._sockets
         if sockets is None:
             return
         sockets.status("busy", request.raw[0])
         content: dict[str, Any] = {"status": "error", **error}
         if request.msg_type == "execute_request":
-            if not request.content.get("silent"):
+            if not request.silent:
                 sockets.publish("error", error, request.raw[0])
-            content |= {"execution_count": 0, "user_expressions": {}, "payload": []}
+            content |= {
+                "execution_count": self._count, "user_expressions": {}, "payload": [],
+            }  # fmt: skip
         if request.msg_type.endswith("_request"):
-            sockets.reply(request, request.msg_type.replace("_request", "_reply"), content)
+            msg_type = request.msg_type.removesuffix("_request") + "_reply"
+            sockets.reply(request, msg_type, content, {"status": "error"})
         sockets.status("idle", request.raw[0])
 
     # --- from the kernel ---
@@ -255,27 +300,53 @@ class Relay:
         sockets, remote = self._sockets, self._remote
         if sockets is None or remote is None:
             return
-        if channel == "iopub" and not self._welcome.is_set():
-            self._welcome.set()  # whatever it is, it is heard
-            if _header(frames, 0).get("msg_type") == "iopub_welcome":
+        if channel == "iopub":
+            if self._is_welcome(frames):
                 return  # front ends have theirs from us
-        if channel in ASKING and channel != "stdin":
-            self._pending.pop(str(_header(frames, 1).get("msg_id", "")), None)
+        elif channel != "stdin":
+            self._note_reply(channel, frames)
         sockets.pass_on(channel, list(frames))
-        if sockets.congested:
+        if channel == "iopub" and sockets.congested:
             remote.pause()
             sockets.when_clear(remote.resume)
+
+    def _is_welcome(self, frames: Sequence[Any]) -> bool:
+        """Whether it says that we are heard; said again, it tells of a connection that broke."""
+        first = not self._welcome.is_set()
+        if not first and frames[0] and frames[0] != DELIMITER:
+            return False  # it has a topic: the usual case, which costs no look inside
+        if header_of(frames, 0).get("msg_type") != "iopub_welcome":
+            if first:
+                self._welcome.set()  # whatever it is, it is heard
+            return False
+        self._welcome.set()
+        if not first:
+            self.warn(
+                "the connection to the kernel's host broke, and is there again; some output may "
+                "be missing"
+            )
+        return True
+
+    def _note_reply(self, channel: str, frames: Sequence[Any]) -> None:
+        at = delimiter_in(frames)
+        msg_id = str(header_of(frames, 1).get("msg_id", ""))
+        request = self._pending.answered((channel, tuple(frames[:at]), msg_id))
+        if request is None:
+            return
+        try:
+            if request.msg_type == "execute_request":
+                self._count = _decode_count(frames[at + 5]).execution_count or self._count
+            elif request.msg_type == "kernel_info_request":
+                self._own_info = _decode(frames[at + 5])
+        except (IndexError, msgspec.MsgspecError, RecursionError) as error:
+            log.warning("the kernel's answer to %r cannot be read: %s", request, error)
+        if request.msg_type == "shutdown_request":
+            self.state = State.ENDING
 
     def _detach(self) -> None:
         remote, self._remote = self._remote, None
         if remote is not None:
             remote.close()
-
-
-def _header(frames: Sequence[Any], which: int) -> dict[str, Any]:
-    """A message's header (0) or parent header (1); empty when it has none."""
-    try:
-        at = frames.index(DELIMITER)
-        return _decode(frames[at + 2 + which])
-    except (ValueError, IndexError, msgspec.MsgspecError):
-        return {}
+            if self._sockets is not None:
+                for channel in ("shell", "control", "stdin"):
+                    self._sockets.release(channel)

@@ -257,17 +257,24 @@ class Sockets:
 
     def _parse(self, channel: str, frames: list[bytes]) -> Request | None:
         try:
-            at = frames.index(DELIMITER)
-            signature, *parts = frames[at + 1 : at + 6]
-            if len(parts) != 4:
-                raise ValueError("fewer than four parts")
-            if self._key and not hmac.compare_digest(signature, self.sign(parts)):
-                raise ValueError("wrong signature")
+            at, parts = self._verified(frames)
             return Request(channel, frames[:at], parts, frames[at + 6 :])
         except (ValueError, msgspec.MsgspecError, RecursionError):
             # Not from our front end: ipykernel logs and drops it, too.
             self.rejected += 1
             return None
+
+    def _verified(self, frames: list[bytes]) -> tuple[int, list[bytes]]:
+        """Where the delimiter is, and the four parts.  Raises ValueError: the signature is wrong,
+        or something is missing.
+        """
+        at = frames.index(DELIMITER)
+        signature, *parts = frames[at + 1 : at + 6]
+        if len(parts) != 4:
+            raise ValueError("fewer than four parts")
+        if self._key and not hmac.compare_digest(signature, self.sign(parts)):
+            raise ValueError("wrong signature")
+        return at, parts
 
     def _welcome(self, topic: bytes) -> None:
         """Tell a new subscriber that it is heard (JEP 65, message iopub_welcome)."""
