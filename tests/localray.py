@@ -45,7 +45,12 @@ class LocalRay:
         with socket.create_server((self.ip, 0)) as free:
             self.port = free.getsockname()[1]
         self.address = f"{self.ip}:{self.port}"
-        self.auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(24)}
+        self.env = {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(24),
+            # Seconds for which the head may be away, until Ray's processes end themselves: of 60
+            "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+        }
         self._session_dir = session_dir
         self._directory = session_dir / f"r{next(_numbers)}"  # short: Ray's sockets lie in it
         self._nodes: list[subprocess.Popen[bytes]] = []
@@ -86,7 +91,7 @@ class LocalRay:
         with log.open("wb") as output:
             node = subprocess.Popen(
                 [sys.executable, "-m", "ray.scripts.scripts", *words],
-                env={**os.environ, **self.auth, **env},
+                env={**os.environ, **self.env, **env},
                 cwd=self._directory,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -100,6 +105,10 @@ class LocalRay:
                 raise AssertionError(f"Ray did not start:\n{log.read_text()[-3000:]}")
             time.sleep(0.05)
         return node
+
+    def end_head(self) -> None:
+        """As `end`, for the head."""
+        self.end(self._nodes[0])
 
     def end(self, node: subprocess.Popen[bytes]) -> None:
         """Kill a node and all its processes at once, as a power cut would."""

@@ -37,7 +37,7 @@ PATIENCE = 60
 def ray(session_dir: Path, cluster_spec: str) -> Iterator[LocalRay]:
     """A head without VM slots; its token is in this process's environment."""
     with LocalRay(session_dir) as ray, pytest.MonkeyPatch.context() as patch:
-        for name, value in ray.auth.items():
+        for name, value in ray.env.items():
             patch.setenv(name, value)
         yield ray
         if Driver._instance is not None:
@@ -376,7 +376,8 @@ def test_the_process_that_speaks_with_ray_may_die(ray, host, start):
 
 def placers() -> list[psutil.Process]:
     """The children that speak with Ray."""
-    return [p for p in psutil.Process().children() if "placer" in " ".join(p.cmdline())]
+    children = [p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE]
+    return [p for p in children if "placer" in " ".join(p.cmdline())]
 
 
 def test_a_process_that_was_forked_off_has_nothing_of_it(ray, host, start):
@@ -485,3 +486,17 @@ def test_without_ray_the_cell_says_what_to_install(tmp_path, spec, monkeypatch):
     (tmp_path / "ray" / "__init__.py").touch()
     with pytest.raises(VmError, match="cannot be imported"):
         asyncio.run(Cluster.join(Settings()))
+
+
+def test_the_end_of_the_head_is_not_that_of_the_front_end(ray, host, start):
+    """Last, for it is the cluster's end, too: Ray ends hosts and drivers whose head is away."""
+    kernel = start()
+    assert kernel.run("x = 1") == ""
+    ray.end_head()
+    assert kernel.run("print(x)") == "1\n"
+    cell = kernel.client.execute("import time; time.sleep(100)")
+    assert kernel.result(cell).startswith("VmHostLostError: The VM's host was lost")
+    assert seconds_until(lambda: not kernel.manager.is_alive(), 5) is not None
+    assert seconds_until(lambda: not host.qemus(), 5) is not None
+    kernel.manager.restart_kernel(now=True)
+    assert kernel.run("print(1)").startswith("VmError: No Ray cluster answers at")
