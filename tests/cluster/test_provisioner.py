@@ -215,6 +215,30 @@ def test_the_next_one_waits_and_starts_when_one_ends(ray, host, start):
     assert reserved(ray) == SLOTS
 
 
+def test_ps_shows_hosts_kernels_and_who_waits(ray, host, start):
+    kernels = [start() for _ in range(SLOTS)]
+    assert [kernel.run("print(1)") for kernel in kernels] == ["1\n"] * SLOTS
+    waiting = start()
+    waiting.client.execute("print(1)")
+    assert seconds_until(lambda: reserved(ray) == SLOTS, 10) is not None
+
+    def ps(*words: str) -> str:
+        done = host.cli("ps", "--cluster", *words, VMKERNEL_CLUSTER_ADDRESS=ray.address)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = json.loads(ps("--json"))
+    assert told["slots"] == {"total": SLOTS, "free": 0}
+    assert told["waiting"] == [waiting.manager.kernel_id]
+    (there,) = told["hosts"]
+    assert (there["ip"], there["slots"], there["problem"]) == (ray.ip, SLOTS, "")
+    assert there["vms"] == {"limit": SLOTS, "used": SLOTS}
+    assert {k["kernel_id"] for k in there["kernels"]} == {k.manager.kernel_id for k in kernels}
+    table = ps()
+    assert all(kernel.manager.kernel_id in table for kernel in kernels)
+    assert f"VM slots of the cluster: {SLOTS} of {SLOTS} taken, 1 kernel waits" in table
+
+
 def test_the_wait_has_a_limit_and_the_next_cell_tries_again(ray, host, start):
     kernels = [start() for _ in range(SLOTS)]
     assert [kernel.run("print(1)") for kernel in kernels] == ["1\n"] * SLOTS

@@ -19,15 +19,30 @@ import click
     is_flag=True,
     help="Also what each VM sees and reaches of the world outside: workspace, network, variables.",
 )
+@click.option(
+    "--cluster",
+    is_flag=True,
+    help="Instead: the hosts of the Ray cluster, and the kernels that run on them.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable; sizes in bytes.")
-def ps(ended: bool, wide: bool, as_json: bool) -> None:
+def ps(ended: bool, wide: bool, cluster: bool, as_json: bool) -> None:
     """List the VMs on this host: whose they are, their state, memory and age.
 
     FOR is the notebook, kernel or tags that the VM is for. PRIVATE is memory that only this VM
     uses, SHARED what it has in common with others (the template's pages, the page cache). OPEN is
     what it sees or reaches of the world outside: its workspace (ro, rw), the network, variables
     (env); `-` is nothing, `?` a VM of another user's. --wide tells which.
+
+    Of a cluster (--cluster): LEASE is after how long without word from its front end a kernel is
+    ended, VMS how many VM slots of the host are taken by anyone, SLOTS how many Ray gives away.
     """
+    if cluster:
+        if ended or wide:
+            raise click.UsageError("--cluster goes with --json only")
+        from vmkernel.cli.ps_cluster import show
+
+        show(as_json)
+        return
     from vmkernel.cli import facts
     from vmkernel.cli.output import age, mebibytes, print_json, print_table
     from vmkernel.host.openings import NAMES

@@ -172,7 +172,7 @@ class Cluster:
 
     async def reserve(
         self,
-        name: str,
+        kernel_id: str,
         *,
         avoid: Collection[str] = (),
         only: str = "",
@@ -190,7 +190,7 @@ class Cluster:
             HostLostError, HostSilentError, HostFailedError: the cluster cannot be asked.
         """
         end = None if timeout is None else time.monotonic() + timeout
-        group = await self.ask("reserve", name, list(avoid), only)
+        group = await self.ask("reserve", kernel_id, list(avoid), only)
         node_id = ""
         try:
             wait = 0.2

@@ -27,6 +27,8 @@ import msgspec
 
 NAMESPACE = "vmkernel"
 RESOURCE = "vm_slot"
+PREFIX = "vmkernel-"
+"""Of the names of reservations; the kernel's id follows."""
 LENGTH = struct.Struct(">I")
 KINDS = frozenset({"dead", "silent", "failed"})
 """What can be wrong: the host is surely gone; it does not answer; it answered with an error."""
@@ -151,11 +153,20 @@ class Placer:
         free = await self._call(ray.available_resources)
         return {"total": int(total.get(RESOURCE, 0)), "free": int(free.get(RESOURCE, 0))}
 
-    async def do_reserve(self, name: str, avoid: list[str], only: str) -> str:
+    async def do_waiting(self) -> list[str]:
+        """The names of the kernels, anybody's, that wait for a slot."""
+        from ray.util.placement_group import placement_group_table
+
+        groups = (await self._call(placement_group_table)).values()
+        names = [group["name"] for group in groups if group["state"] in ("PENDING", "RESCHEDULING")]
+        return sorted(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
+
+    async def do_reserve(self, kernel_id: str, avoid: list[str], only: str) -> str:
         """Ask for one slot on any host but *avoid*, or on *only* (ids of nodes): a group's id."""
         from ray.util.placement_group import placement_group
 
         where = f"in({only})" if only else f"!in({','.join(avoid)})" if avoid else ""
+        name = f"{PREFIX}{kernel_id}"
         options: dict[str, Any] = {}
         if where:
             options["bundle_label_selector"] = [{"ray.io/node-id": where}]

@@ -112,7 +112,7 @@ class Search:
         with contextlib.suppress(VmError, *HOST_ERRORS):
             await self.give_back()
             self._reservation = await host.cluster.reserve(
-                f"vmkernel-{self._kernel_id}",
+                self._kernel_id,
                 only=host.facts.node_id,
                 timeout=self._settings.cluster_lease,
             )
@@ -169,9 +169,7 @@ class Search:
             if avoid:  # not for long: the others may be full, and stay so
                 part = AVOID_WAIT if left is None else min(left, AVOID_WAIT)
             try:
-                return await cluster.reserve(
-                    f"vmkernel-{self._kernel_id}", avoid=avoid, timeout=part, say=say
-                )
+                return await cluster.reserve(self._kernel_id, avoid=avoid, timeout=part, say=say)
             except VmCapacityError:
                 if part == left:
                     raise
