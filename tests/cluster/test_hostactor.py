@@ -178,6 +178,7 @@ async def test_it_gets_the_hosts_environment_and_little_of_the_front_ends(
         said = await run(answer["info"], "import os; print(os.environ['COLUMNS'], set(os.environ))")
     # What is only on the front end's host is told of; the kernel's own directory is empty
     assert f"there is no /nowhere/at/all on {socket.gethostname()}" in said
+    assert "77 {" in said
     assert "VMKERNEL" not in said.partition("77 {")[2]
 
 

@@ -5,10 +5,15 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import importlib.util
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from vmkernel.cli.checks_host import Check
 from vmkernel.errors import VmError
 from vmkernel.settings import Settings
+
+if TYPE_CHECKING:
+    from vmkernel.cluster.placement import Host
 
 _NAME = "cluster"
 
@@ -38,7 +43,7 @@ def cluster(settings: Settings) -> Check:
     if parts.state != "ok":
         return parts
     try:
-        found = asyncio.run(_slots(settings))
+        found, problems = asyncio.run(_look(settings))
     except VmError as error:
         return Check(_NAME, "warning", str(error), error.hint)
     if not found:
@@ -47,17 +52,36 @@ def cluster(settings: Settings) -> Check:
             "on each host: ray start --address=HEAD:6379 "
             "--resources=\"$(vmkernel capacity --json)\" (docs/cluster.md)",
         )  # fmt: skip
-    return Check(_NAME, "ok", f"{parts.found}; VM slots: {found}")
+    said = f"{parts.found}; VM slots: {found}"
+    if problems:
+        return Check(_NAME, "warning", f"{said}; {'; '.join(problems)}", "docs/cluster.md")
+    return Check(_NAME, "ok", said)
 
 
-async def _slots(settings: Settings) -> str:
+async def _look(settings: Settings) -> tuple[str, list[str]]:
+    """The slots in words, "" when there is no VM host; and what hosts lack."""
     from vmkernel.cluster.placement import Cluster, HostLostError, HostSilentError
 
     joined = await Cluster.join(settings)
     try:
         hosts = [host for host in await joined.hosts() if host.facts.alive]
-        return await joined.slots_in_words() if hosts else ""
+        if not hosts:
+            return "", []
+        problems = await asyncio.gather(*map(_problems, hosts))
+        return await joined.slots_in_words(), list(chain.from_iterable(problems))
     except (HostLostError, HostSilentError) as error:
         raise VmError(f"The cluster does not answer: {error}") from error
     finally:
         await joined.close()
+
+
+async def _problems(host: Host) -> list[str]:
+    from vmkernel.cluster.placement import HostFailedError, HostLostError, HostSilentError
+
+    try:
+        facts = await host.ready()
+    except (HostFailedError, HostLostError, HostSilentError) as error:
+        return [f"{host.label} cannot start kernels: {error}"]
+    except VmError as error:
+        return [str(error)]
+    return [f"{host.label}: {warning}" for warning in facts.get("warnings", ())]

@@ -41,6 +41,8 @@ LEASE_PATIENCE = 1.0
 # would be without Ray
 _NOT_PASSED_PREFIXES = ("RAY_", "JPY_", "VMKERNEL_NOTIFY_")
 _NOT_PASSED = frozenset({"OMP_NUM_THREADS", "PYTHONBREAKPOINT", "SPT_NOENV"})
+_MONITOR = "RAY_memory_monitor_refresh_ms"
+"""Ray's monitor ends its workers when a machine's memory is nearly used up: here, all kernels"""
 
 
 class KernelHost:
@@ -65,7 +67,8 @@ class KernelHost:
     async def hello(self) -> dict[str, Any]:
         """Who this is: ``interface``, ``version``, ``host``, ``ip``, ``pid``, ``kernels``, and
         ``slots`` (``limit``, ``used``), ``kernel_info`` (what a kernel of this host will say of
-        itself), ``kernelspecs`` (their names) as far as they can be told.
+        itself), ``kernelspecs`` (their names) as far as they can be told; ``warnings``, sentences
+        for who has set the host up.
         """
         return {
             "interface": INTERFACE,
@@ -84,15 +87,20 @@ class KernelHost:
         from vmkernel.image.store import find_image
         from vmkernel.kernel.local import kernel_info
 
-        facts: dict[str, Any] = {"slots": None, "kernel_info": None}
+        facts: dict[str, Any] = {"slots": None, "kernel_info": None, "warnings": self._warnings()}
         facts["kernelspecs"] = sorted(KernelSpecManager().find_kernel_specs())
-        with contextlib.suppress(VmError):
+        try:
             settings = load_settings(environ=self._environ)
             usage = vm_slots(settings).statistics()
             facts["slots"] = {"limit": usage.limit, "used": usage.used}
             manifest = find_image(settings.recipe, settings).manifest
             facts["kernel_info"] = kernel_info(None, manifest, "")
+        except VmError as error:
+            facts["warnings"].append(error.explain())
         return facts
+
+    def _warnings(self) -> list[str]:
+        return []
 
     # --- a kernel's life ---
 
@@ -229,15 +237,19 @@ class KernelHost:
     def _do(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a kernel was not ended as it should have been", exc_info=error)
 
     async def _keep_leases(self) -> None:
         while True:
             await asyncio.sleep(1.0)
-            now = time.monotonic()
             for kernel in list(self._kernels.values()):
                 if kernel.exit_code is not None:
-                    if now - kernel.over > KEPT_SECONDS:
+                    if time.monotonic() - kernel.over > KEPT_SECONDS:
                         del self._kernels[kernel.kernel_id]
                 # A start ends by itself; its lease counts from then on
                 elif kernel.lease_left < 0 and not kernel.is_starting and not kernel.why:
@@ -252,6 +264,14 @@ class RayHost(KernelHost):
     def __init__(self, ip: str) -> None:
         leave_workers_conditions()
         super().__init__(ip)
+
+    def _warnings(self) -> list[str]:
+        if os.environ.get(_MONITOR) == "0":
+            return []
+        return [
+            "Ray ends all kernels there when the machine's memory is nearly used up, by whatever: "
+            f"start Ray with {_MONITOR}=0 in its environment"
+        ]
 
 
 def leave_workers_conditions() -> None:
