@@ -26,8 +26,6 @@ from vmhost import VmHost, seconds_until, until
 from vmkernel.cluster import hosted
 from vmkernel.cluster.hostactor import KernelHost
 from vmkernel.cluster.relay import Relay
-from vmkernel.cluster.remote import Remote
-from vmkernel.errors import VmError
 
 pytestmark = [pytest.mark.vm, pytest.mark.timeout(100)]
 
@@ -303,16 +301,17 @@ async def test_the_pool_serves_and_what_waits_in_it_yields(
 async def test_a_lease_that_is_not_renewed_ends_the_kernel(
     kernels: KernelHost, cluster_spec: str, host: VmHost
 ) -> None:
-    await kernels.start(wanted("kept", cluster_spec, lease=1.5))
-    await kernels.start(wanted("left", cluster_spec, lease=1.5))
-    for _ in range(8):
-        await asyncio.sleep(0.4)
-        state = await kernels.renew(["kept"])
-    assert state["kept"]["state"] == "running"
+    names = ("kept", "left")
+    await asyncio.gather(*(kernels.start(wanted(n, cluster_spec, lease=2.0)) for n in names))
+    began = time.monotonic()
+    while len(await kernels.kernels()) == 2:
+        assert (await kernels.renew(["kept"]))["kept"]["state"] == "running"
+        await asyncio.sleep(0.2)
+    assert 1 < time.monotonic() - began < 6
     assert [kernel["kernel_id"] for kernel in await kernels.kernels()] == ["kept"]
     left = (await kernels.renew(["left"]))["left"]
     assert (left["state"], left["exit_code"]) == ("ended", 0)
-    assert left["why"] == "no contact for 1.5 s"
+    assert left["why"] == "no contact for 2 s"
     assert host.slots().used == 1
 
 
@@ -343,6 +342,29 @@ async def test_who_asked_may_vanish(kernels: KernelHost, cluster_spec: str, host
     await until(lambda: host.slots().used == 1)
     assert await kernels.wait("one", 10) == 0, "it is ended by its lease"
     assert host.slots().used == 0
+
+
+async def test_a_kernel_that_hangs_is_killed(
+    kernels: KernelHost, cluster_spec: str, host: VmHost
+) -> None:
+    answer = await kernels.start(wanted("one", cluster_spec))
+    os.kill(answer["pid"], signal.SIGSTOP)
+    began = time.monotonic()
+    await kernels.end("one", kill=True)
+    assert time.monotonic() - began < 1.5
+    assert not psutil.pid_exists(answer["pid"])
+    await until(lambda: host.slots().used == 0, 3)
+
+
+async def test_a_kernel_that_is_ended_at_once_leaves_nothing(
+    kernels: KernelHost, cluster_spec: str, host: VmHost
+) -> None:
+    answer = await kernels.start(wanted("one", cluster_spec))
+    await run(answer["info"], "print(1)")
+    await until(host.sockets)
+    await kernels.end("one", kill=True)
+    assert host.left() == []
+    assert host.records() == []
 
 
 async def test_a_kernel_that_dies_is_told_of(kernels: KernelHost, cluster_spec: str) -> None:
@@ -402,11 +424,6 @@ async def test_nothing_grows_with_kernels_that_have_ended(
 
 
 # --- who else may speak ---
-
-
-async def test_who_does_not_encrypt_is_refused_by_the_other_side() -> None:
-    with pytest.raises(VmError, match="does not encrypt"):
-        Remote({"ip": "127.0.0.1"}, lambda channel, frames: None)
 
 
 async def test_no_other_user_can_say_that_a_kernel_is_ready() -> None:

@@ -35,8 +35,8 @@ INTERFACE = 1
 """Counts changes of what the methods here take and return."""
 KEPT_SECONDS = 600.0
 """For how long it is known how a kernel ended."""
-LEASE_PATIENCE = 1.0
-"""Seconds that a kernel whose lease is over has to clear up: its owner counts on its end soon."""
+SOON = 0.5
+"""Seconds that a kernel has to clear up after itself whose owner counts on its end now."""
 # Ray's own, its token among them, and what it sets in its workers: a kernel here is to be what it
 # would be without Ray
 _NOT_PASSED_PREFIXES = ("RAY_", "JPY_", "VMKERNEL_NOTIFY_")
@@ -189,10 +189,13 @@ class KernelHost:
         return 0 if kernel is None else await kernel.wait(seconds)
 
     async def end(self, kernel_id: str, *, kill: bool = False) -> None:
-        """End a kernel, wait for that, and forget it; nothing when it is not there any more."""
+        """End a kernel, wait for that, and forget it; nothing when it is not there any more.
+
+        With ``kill`` within half a second, whatever it does.
+        """
         kernel = self._kernels.get(kernel_id)
         if kernel is not None:
-            await kernel.end(kill=kill)
+            await (kernel.end(SOON) if kill else kernel.end())
             if self._kernels.get(kernel_id) is kernel:
                 del self._kernels[kernel_id]
 
@@ -220,7 +223,7 @@ class KernelHost:
         """End all kernels, and give everything back."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*(self.end(kernel_id, kill=True) for kernel_id in [*self._kernels]))
+        await asyncio.gather(*(self.end(kernel_id) for kernel_id in [*self._kernels]))
         place, self._place = self._place, None
         if place is not None:
             place.context.destroy(linger=0)
@@ -255,7 +258,7 @@ class KernelHost:
                 elif kernel.lease_left < 0 and not kernel.is_starting and not kernel.why:
                     kernel.why = f"no contact for {kernel.lease:g} s"
                     log.warning("kernel %s is ended: %s", kernel.kernel_id, kernel.why)
-                    self._do(kernel.end(patience=LEASE_PATIENCE))
+                    self._do(kernel.end(SOON))
 
 
 class RayHost(KernelHost):

@@ -269,21 +269,23 @@ class HostedKernel:
             await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         return code
 
-    async def end(self, *, kill: bool = False, patience: float = END_SECONDS) -> None:
+    async def end(self, patience: float = END_SECONDS) -> None:
         """End the process and wait for that; may be called in every state, and again.
 
-        Without ``kill`` it has ``patience`` seconds to clear up after itself.
+        It has ``patience`` seconds to clear up after itself (record, logs, a socket), then it is
+        killed.
         """
         starting = self.starting
         if starting is not None and starting is not asyncio.current_task() and not starting.done():
             starting.cancel()
             await asyncio.wait([starting])
+        signum = signal.SIGTERM
         while self._exit is not None and not self._exit.done():
             if self._manager is not None:
                 with contextlib.suppress(ProcessLookupError):
-                    await self._manager.signal_kernel(signal.SIGKILL if kill else signal.SIGTERM)
+                    await self._manager.signal_kernel(signum)
             await asyncio.wait([self._exit], timeout=patience)
-            kill = True
+            signum = signal.SIGKILL
         await self._clear_up()
 
     async def _wait_for_exit(self, manager: _Manager) -> int:
