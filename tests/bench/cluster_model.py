@@ -388,7 +388,7 @@ def draw(found: dict[str, list[dict[str, Any]]], directory: Path) -> None:
                      "o-", label=f"{herd_of}, median")  # fmt: skip
         axes[0].plot([row["pool"] for row in rows], [row["wait"]["p95"] for row in rows],
                      "s--", label=f"{herd_of}, p95", alpha=0.6)  # fmt: skip
-    axes[0].set(xlabel="ready kernels on each of 10 hosts", ylabel="s",
+    axes[0].set(yscale="log", xlabel="ready kernels on each of 10 hosts", ylabel="s",
                 title="People who come within 15 s")  # fmt: skip
     axes[0].legend(fontsize=7)
     for fault in ("dies", "cut_off"):
