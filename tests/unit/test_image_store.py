@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from vmkernel.errors import ImageError
-from vmkernel.image import builder
+from vmkernel.image import builder, placing
 from vmkernel.image.recipe import load_recipe
 from vmkernel.image.store import (
     FILES,
@@ -145,7 +145,7 @@ def test_the_lock_is_let_go_of_when_its_holder_dies(settings: Settings) -> None:
     settings.images_dir.mkdir(parents=True)
     code = (
         "import sys, time\n"
-        "from vmkernel.image.builder import image_lock\n"
+        "from vmkernel.image.placing import image_lock\n"
         "from vmkernel.settings import load_settings\n"
         "lock = image_lock('x', load_settings())\n"
         "lock.__enter__()\n"
@@ -162,7 +162,7 @@ def test_the_lock_is_let_go_of_when_its_holder_dies(settings: Settings) -> None:
         got = threading.Event()
 
         def take() -> None:
-            with builder.image_lock("x", settings, waiting=waiting.set):
+            with placing.image_lock("x", settings, waiting=waiting.set):
                 got.set()
 
         thread = threading.Thread(target=take)
@@ -180,7 +180,7 @@ def test_putting_in_place_replaces_an_old_image_in_one_step(tmp_path: Path) -> N
         new = tmp_path / "new"
         new.mkdir()
         (new / "number").write_text(str(number))
-        builder._put_in_place(new, final)
+        placing.put_in_place(new, final)
         assert (final / "number").read_text() == str(number)
         if new.exists():  # the old one, exchanged
             (new / "number").unlink()
@@ -191,7 +191,7 @@ def test_sweeping_takes_only_leftovers_of_this_name(settings: Settings) -> None:
     settings.images_dir.mkdir(parents=True)
     for name in (".tmp-a-12", ".tmp-a-34-removed", ".tmp-a-b-12", "a", ".lock-a"):
         (settings.images_dir / name / "x").mkdir(parents=True)
-    builder._sweep("a", settings)
+    placing.sweep("a", settings)
     left = {path.name for path in settings.images_dir.iterdir()}
     assert left == {".tmp-a-b-12", "a", ".lock-a"}
 

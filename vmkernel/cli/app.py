@@ -28,7 +28,7 @@ class _Entry(NamedTuple):
 
 COMMANDS: dict[str, _Entry] = {
     "run": _Entry("vmkernel.cli.run", "run", "Run code in a VM that is destroyed afterwards."),
-    "image": _Entry("vmkernel.cli.image", "image", "Build, list, verify and remove guest images."),
+    "image": _Entry("vmkernel.cli.image", "image", "Build, list, verify, copy, remove images."),
     "install": _Entry("vmkernel.cli.install", "install", "Offer the kernel in Jupyter."),
     "uninstall": _Entry("vmkernel.cli.install", "uninstall", "Take the kernel out of Jupyter."),
     "start": _Entry("vmkernel.cli.vms", "start", "Start a VM that stays."),

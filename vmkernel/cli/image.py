@@ -1,4 +1,4 @@
-"""``vmkernel image``: build, list, verify and remove guest images. Floor 5."""
+"""``vmkernel image``: build, list, verify, copy and remove guest images. Floor 5."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vmkernel.cli.image_build import ProgressLine, build
+from vmkernel.cli.image_copy import export, import_
 
 if TYPE_CHECKING:
     from vmkernel.image.store import Image
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def image() -> None:
-    """Build, list, verify and remove guest images.
+    """Build, list, verify, copy and remove guest images.
 
     An image is what a VM starts from: a Linux kernel, and a read-only Debian with Python and the
     packages that a recipe names.
@@ -156,4 +157,5 @@ def rm(names: tuple[str, ...]) -> None:
             click.echo(f"Its recipe is kept: {recipe_path(name)}")
 
 
-image.add_command(build)
+for _command in (build, export, import_):
+    image.add_command(_command)

@@ -112,8 +112,8 @@ def build(
         raise click.UsageError("what is made needs a name of its own: --name NAME")
     settings = load_settings()
     mirrors = Mirrors(main=debian_mirror, security=security_mirror) if debian_mirror else None
-    signal.signal(signal.SIGTERM, _end_in_good_order)
-    signal.signal(signal.SIGHUP, _end_in_good_order)
+    signal.signal(signal.SIGTERM, end_in_good_order)
+    signal.signal(signal.SIGHUP, end_in_good_order)
     if name:
         jobs = [_derived(name, base or settings.recipe, additions, apt, preload, settings)]
     else:
@@ -269,6 +269,6 @@ class ProgressLine:
         self._phase, self._last = phase, text
 
 
-def _end_in_good_order(number: int, frame: FrameType | None) -> None:
-    # As an exception, so that what was begun is undone on the way out.
+def end_in_good_order(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: as an exception, so that what was begun is undone on the way out."""
     sys.exit(128 + number)

@@ -7,15 +7,12 @@ found is whole. One builder at a time for each name, across processes. Floor 2.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +24,7 @@ from vmkernel.image import debian, python, store
 from vmkernel.image.apt import Mirrors, host_mirrors
 from vmkernel.image.initrd import ModuleTree, build_initrd, parse_module_list
 from vmkernel.image.lock import answers, check_lock
+from vmkernel.image.placing import flush, image_lock, make_images_dir, put_in_place, sweep
 from vmkernel.image.recipe import Recipe
 from vmkernel.image.reuse import PYTHON_PART, ReusedTree, find_donor, note_built, take_tree
 from vmkernel.image.store import FORMAT, Image
@@ -44,8 +42,6 @@ _SPACE_TEMPORARY = 700 << 20
 # Time of every file in the image: that of Debian 13's release, so that two builds from the same
 # packages are equal.
 _TIME_STAMP = 1_754_697_600
-_RENAME_EXCHANGE = 2  # linux/fs.h
-_AT_FDCWD = -100  # linux/fcntl.h
 
 
 def build_image(
@@ -75,7 +71,7 @@ def build_image(
     if not force and (image := _existing(recipe, settings, lock)) is not None:
         return image
     asked = datetime.now(UTC).isoformat()
-    _make_images_dir(settings)
+    make_images_dir(settings)
     with image_lock(
         recipe.name, settings, waiting=lambda: progress("waiting for another build", 0.0)
     ):
@@ -87,7 +83,7 @@ def build_image(
         donor = find_donor(recipe, settings) if reuse and not force and twin is None else None
         if twin is None:
             _check_host(settings, with_debian=donor is None)
-        _sweep(recipe.name, settings)
+        sweep(recipe.name, settings)
         work = settings.images_dir / f".tmp-{recipe.name}-{os.getpid()}"
         try:
             if twin is not None:
@@ -97,7 +93,7 @@ def build_image(
                     plan = _Plan(recipe, settings, mirrors or host_mirrors(), donor, lock, origins)
                     _build(plan, work, tools, progress)
             progress("putting the image in place", 0.99)
-            _put_in_place(work / "image", settings.images_dir / recipe.name)
+            put_in_place(work / "image", settings.images_dir / recipe.name)
             if twin is None:
                 note_built(settings.images_dir / recipe.name, settings)
         except OSError as error:
@@ -106,34 +102,6 @@ def build_image(
             shutil.rmtree(work, ignore_errors=True)
         progress("done", 1.0)
     return store.find_image(recipe.name, settings)
-
-
-@contextlib.contextmanager
-def image_lock(
-    name: str, settings: Settings, *, waiting: Callable[[], None] = lambda: None
-) -> Iterator[None]:
-    """Hold the lock on building or removing image *name*; *waiting* is called before a wait.
-
-    The lock's file is never removed: two processes could then hold locks on two files of the
-    same name. The kernel lets go of it when its holder dies.
-
-    Raises:
-        ImageError: the lock's file cannot be made.
-    """
-    path = settings.images_dir / f".lock-{name}"
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise _not_writable(settings, error) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class _Plan(NamedTuple):
@@ -231,7 +199,7 @@ def _write_manifest(manifest: store.Manifest, directory: Path) -> None:
     (directory / store.MANIFEST).write_bytes(encoded + b"\n")
     for path in directory.iterdir():
         path.chmod(0o644)
-        _flush(path)
+        flush(path)
 
 
 def _of_same_content(recipe: Recipe, settings: Settings, lock: str, locked: bool) -> Image | None:
@@ -303,49 +271,6 @@ def _existing(recipe: Recipe, settings: Settings, lock: str = "") -> Image | Non
     return None if changed else image
 
 
-def _put_in_place(new: Path, final: Path) -> None:
-    """Rename *new* to *final*; an old image there goes to *new*'s name, in the same instant."""
-    _flush(new)
-    try:
-        new.rename(final)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise
-        libc = ctypes.CDLL(None, use_errno=True)
-        result = libc.renameat2(
-            _AT_FDCWD, os.fsencode(new), _AT_FDCWD, os.fsencode(final), _RENAME_EXCHANGE
-        )
-        if result != 0:
-            # Some file systems (NFS) cannot exchange: a moment without an image, then.
-            final.rename(new.with_name("replaced"))
-            new.rename(final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    """Bring a file or directory to the disk: after a power cut an image is whole or absent."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(name: str, settings: Settings) -> None:
-    """Remove what builders of this name left that were killed. The caller holds the lock."""
-    for path in settings.images_dir.glob(f".tmp-{name}-*"):
-        # "x" must not sweep ".tmp-x-y-123", which is of the image "x-y".
-        if path.name.removeprefix(f".tmp-{name}-").split("-")[0].isdigit():
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _make_images_dir(settings: Settings) -> None:
-    try:
-        settings.images_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _not_writable(settings, error) from error
-
-
 def _check_host(settings: Settings, *, with_debian: bool) -> None:
     if os.uname().machine != "x86_64":
         raise ImageError(
@@ -394,13 +319,6 @@ def _check_subordinate_ids() -> None:
                 hint=f"sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}"
                 " (any range that nobody else has)",
             )
-
-
-def _not_writable(settings: Settings, error: OSError) -> ImageError:
-    return ImageError(
-        f"The images' directory {settings.images_dir} cannot be written: {error.strerror or error}",
-        hint="set VMKERNEL_IMAGES_DIR to a directory of yours",
-    )
 
 
 def _no_space(error: OSError, settings: Settings) -> ImageError:

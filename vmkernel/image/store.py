@@ -297,7 +297,7 @@ def remove_image(name: str, settings: Settings) -> None:
     """
     import shutil
 
-    from vmkernel.image.builder import image_lock
+    from vmkernel.image.placing import image_lock
 
     directory = settings.images_dir / name
     if name.startswith(".") or "/" in name or not directory.is_dir():
