@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from netcluster import NetCluster, missing
+from relayrig import Rig
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +50,11 @@ def cluster(session_dir: Path, ray_spec: str) -> Iterator[NetCluster]:
     with NetCluster(session_dir, [2, 2, 2], VMKERNEL_CLUSTER_LEASE="12") as cluster:
         yield cluster
     assert not cluster.left()
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    """A relay in a thread, which has no kernel yet."""
+    rig = Rig()
+    yield rig
+    rig.close()

@@ -164,6 +164,9 @@ class FrontEnds(Sockets):
             self._loop.remove_reader(sock.FD)
             sock.close()
         await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+        if sockets and self.info.get("transport") == "ipc":
+            for name in BOUND:
+                Path(f"{self.info['ip']}-{self.info[f'{name}_port']}").unlink(missing_ok=True)
 
 
 def header_of(frames: Sequence[Any], which: int) -> dict[str, Any]:
