@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -297,3 +299,21 @@ def test_nothing_is_left_of_a_relay(plain_spec: str, tmp_path: Path) -> None:
     rig.close()
     assert after[0] <= before[0] + 5  # of asyncio's executor
     assert after[1] <= before[1]
+
+
+def test_the_end_of_the_interpreter_closes_a_relay_too() -> None:
+    code = """if True:
+        import asyncio, atexit
+        from vmkernel.cluster.relay import Relay
+        loop = asyncio.new_event_loop()
+        async def opened():
+            relay = Relay({"ip": "127.0.0.1", "key": b"k"})
+            await relay.open()
+            return relay
+        relay = loop.run_until_complete(opened())
+        atexit.register(lambda: (loop.run_until_complete(relay.close()), print("closed")))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
+    assert (done.stdout, done.stderr) == ("closed\n", "")

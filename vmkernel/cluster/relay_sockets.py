@@ -163,7 +163,10 @@ class FrontEnds(Sockets):
         for sock in sockets.values():
             self._loop.remove_reader(sock.FD)
             sock.close()
-        await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+        try:
+            await asyncio.get_running_loop().run_in_executor(None, self._context.term)
+        except RuntimeError:  # the interpreter ends, and starts no threads any more
+            self._context.term()
         if sockets and self.info.get("transport") == "ipc":
             for name in BOUND:
                 Path(f"{self.info['ip']}-{self.info[f'{name}_port']}").unlink(missing_ok=True)
