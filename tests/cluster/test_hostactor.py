@@ -480,8 +480,10 @@ def actors(host: VmHost) -> Iterator[list[subprocess.Popen[bytes]]]:
         actor.wait()
 
 
-@pytest.mark.parametrize("pool_size", ["0", "1"])
-@pytest.mark.parametrize("when", ["up", "0.05", "0.1", "0.2"])
+@pytest.mark.parametrize(
+    ("when", "pool_size"),
+    [("up", "0"), ("up", "1"), ("0.05", "0"), ("0.1", "1"), ("0.2", "0"), ("0.2", "1")],
+)
 async def test_nothing_outlives_an_actor_that_is_killed(
     cluster_spec: str, host: VmHost, pool: None, actors: list[Any], when: str, pool_size: str
 ) -> None:

@@ -295,6 +295,7 @@ class ClusterKernel:
             )
         except Exception as error:
             _log.exception("a kernel could not be placed")
+            await self._let_go()
             self._fail(VmError(f"The kernel could not be placed: {type(error).__name__}: {error}"))
 
     async def _run(self, running: Running) -> None:

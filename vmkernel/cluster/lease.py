@@ -9,6 +9,7 @@ them itself.  Floor 5; belongs to the loop of `vmkernel.cluster.driver`.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from typing import Protocol
@@ -32,6 +33,8 @@ SLACK = 2.0
 """Seconds that we wait longer than the host does: it must have ended the kernel when we say so."""
 ABANDONED_FOR = 600.0
 """Seconds for which a host that was given up is told to end what runs there for us."""
+
+_log = logging.getLogger(__name__)
 
 
 class Leased(Protocol):
@@ -98,34 +101,53 @@ class HostLink:
                     await self._wake.wait()
                     self._heard = time.monotonic()
                 started = time.monotonic()
-                await self._once()
+                try:
+                    await self._once()
+                except Exception:  # the next round, or every kernel there would end by its lease
+                    _log.exception("the leases on %s were not renewed", self.host.label)
                 await asyncio.sleep(max(0.1, INTERVAL - (time.monotonic() - started)))
         finally:
             self.closed = True
 
     async def _once(self) -> None:
         ids = list(self._kernels)
+        if ids and not await self._renew(ids):
+            return
+        await self._end_abandoned()
+
+    async def _renew(self, ids: list[str]) -> bool:
+        """Renew, and see to what is told; whether the host has answered."""
         try:
-            for kernel_id in list(self._abandoned):
-                await self.host.call("end", kernel_id, kill=True, timeout=TIMEOUT)
-                del self._abandoned[kernel_id]
-            if not ids:
-                return
             states = await self.host.call("renew", ids, timeout=TIMEOUT)
         except HostLostError as error:
-            if await self._found_again():
-                return
-            self._abandoned.clear()
-            self._lose(ids, str(error))
+            if not await self._found_again():
+                self._abandoned.clear()
+                self._lose(ids, str(error))
+            return False
         except (HostSilentError, HostFailedError) as error:
-            now = time.monotonic()
-            self._abandoned = {name: end for name, end in self._abandoned.items() if end > now}
             await self._judge_silence(ids, str(error))
-        else:
-            self._heard = time.monotonic()
-            self._told = False
-            for kernel_id, state in states.items():
-                self._take(kernel_id, state)
+            return False
+        self._heard = time.monotonic()
+        self._told = False
+        for kernel_id, state in states.items():
+            self._take(kernel_id, state)
+        return True
+
+    async def _end_abandoned(self) -> None:
+        """Tell the host; again in the next round where that fails."""
+        now = time.monotonic()
+        self._abandoned = {name: end for name, end in self._abandoned.items() if end > now}
+        names = list(self._abandoned)
+        answers = await asyncio.gather(
+            *(self.host.call("end", name, kill=True, timeout=TIMEOUT) for name in names),
+            return_exceptions=True,
+        )
+        lost = any(isinstance(answer, HostLostError) for answer in answers)
+        if lost and await self._found_again():
+            return
+        for name, answer in zip(names, answers, strict=True):
+            if not isinstance(answer, HostSilentError | HostFailedError):
+                self._abandoned.pop(name, None)
 
     def _take(self, kernel_id: str, state: dict[str, object]) -> None:
         kernel = self._kernels.get(kernel_id)
