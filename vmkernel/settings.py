@@ -35,6 +35,7 @@ from vmkernel.values import (
     count,
     duration,
     duration_between,
+    networks,
     optional_count,
     optional_duration,
     optional_path,
@@ -172,6 +173,12 @@ FIELDS: dict[str, Field] = {
         words(_HOST),
         'host, *.domain, address or network, :port where wanted; in a file a list: ["a", "b:22"]',
         "Which hosts `network = allow` opens (ports 80 and 443 where none is named).",
+    ),
+    "network_deny": Field(
+        networks,
+        'addresses and networks, like 192.0.2.7 or 10.1.0.0/16; in a file a list: ["a", "b"]',
+        "What a guest never reaches, whatever `network` and `network_allow` open: other hosts of a "
+        "cluster (docs/cluster.md). This host's own addresses need no entry.",
     ),
     "env": Field(
         variable_names,
@@ -336,6 +343,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     workspace_files: int = 10_000
     network: NetworkChoice = "none"
     network_allow: tuple[str, ...] = ()
+    network_deny: tuple[str, ...] = ()
     env: tuple[str, ...] = ()
     env_file: Path | None = None
     files: FilesChoice = "ask"

@@ -171,6 +171,16 @@ def words(pattern: str) -> Callable[[object], tuple[str, ...]]:
     return parse
 
 
+def networks(value: object) -> tuple[str, ...]:
+    """A list of addresses and networks, ``192.0.2.7``, ``198.51.100.0/24``, ``2001:db8::/32``."""
+    import ipaddress  # nobody needs it where there is no such list
+
+    texts = words(r"[0-9A-Fa-f.:]+(?:/[0-9]{1,3})?")(value)
+    for text in texts:
+        ipaddress.ip_network(text)
+    return texts
+
+
 def recipe_name(value: object) -> str:
     """A recipe's name."""
     # The name becomes a directory's name: nothing that could leave images_dir.

@@ -237,7 +237,8 @@ class Network:
         config = read_config()
         assert settings.network != "none"
         allow, environ = settings.network_allow, outward(os.environ)
-        orders = encode(Orders(settings.network, allow, self._marker, config, environ))
+        deny = settings.network_deny
+        orders = encode(Orders(settings.network, allow, self._marker, config, environ, deny))
         bwrap = find_wall(settings, self._qemu).bwrap
         ours, theirs = socket.socketpair()
         fds = [theirs.fileno()]

@@ -90,6 +90,7 @@ class Dialer:
                 raise
             addresses = []  # as pip on the host would
         for address in addresses:
+            self._policy.judge_denied(address)
             problem = address_problem(address)
             if problem and (is_only_here(address) or not await self._is_private(index)):
                 raise RefusedError(f"{address} is {problem}")

@@ -218,12 +218,13 @@ def is_local_name(host: str) -> bool:
 
 
 class Policy:
-    """What the settings `network` and `network_allow` open."""
+    """What the settings `network` and `network_allow` open, but for what `network_deny` closes."""
 
-    def __init__(self, mode: Mode, allow: Iterable[str] = ()) -> None:
+    def __init__(self, mode: Mode, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> None:
         """Raises ValueError for an entry that is none."""
         self.mode = mode
         self.rules = [parse_rule(text) for text in allow] if mode == "allow" else []
+        self.denied = [ipaddress.ip_network(text) for text in deny]
 
     def judge(self, host: Host, port: int) -> None:
         """Whether this may be looked up at all.  Raises RefusedError."""
@@ -256,9 +257,15 @@ class Policy:
 
         Raises RefusedError.
         """
+        self.judge_denied(address)
         problem = address_problem(address)
         if problem and not self._names(embedded(address), port, literally=True):
             raise RefusedError(f"{address} is {problem}")
+
+    def judge_denied(self, address: Address) -> None:
+        """Whether `network_deny` has this address, in whatever form.  Raises RefusedError."""
+        if any(each in network for each in (address, embedded(address)) for network in self.denied):
+            raise RefusedError(f"{address} is in network_deny")
 
     def _names(self, address: Address, port: int, *, literally: bool = False) -> bool:
         """Whether an entry has it; ``literally``: and means an address that is not public.

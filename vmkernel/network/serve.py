@@ -69,7 +69,7 @@ async def serve(port: int, news: socket.socket, orders: wire.Orders) -> NoReturn
     """Be the proxy until the guest's or the owner's end."""
     loop = asyncio.get_running_loop()
     tell = Teller(news)
-    policy = Policy(orders.mode, orders.allow)
+    policy = Policy(orders.mode, orders.allow, orders.deny)
     dialer = Dialer(policy)
     proxy = Proxy(policy, dialer, Gateway(orders.pip, dialer, tell), tell)
 

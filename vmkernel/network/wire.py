@@ -26,6 +26,7 @@ class Orders(msgspec.Struct):
     pip: PipConfig
     environment: dict[str, str]
     """Variables by which this host reaches the outside itself: proxies, certificates"""
+    deny: tuple[str, ...] = ()
 
 
 class News(msgspec.Struct, forbid_unknown_fields=True):
