@@ -16,14 +16,16 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
 
 from prerequisites import missing
-from vmhost import VmHost
 
 MEMORY = "80000000"  # bytes of Ray's object store, the least that it takes
+PATIENCE = 90
+"""Seconds for a node to start: 6 when the machine has nothing else to do."""
 _numbers = itertools.count()
 
 
@@ -51,6 +53,7 @@ class LocalRay:
             "RAY_raylet_start_wait_time_s": "60",  # the machine may be busy
             # Seconds for which the head may be away, until Ray's processes end themselves: of 60
             "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
+            "RAY_raylet_start_wait_time_s": str(PATIENCE),  # of 30: too few on a busy machine
         }
         self._session_dir = session_dir
         self._directory = session_dir / f"r{next(_numbers)}"  # short: Ray's sockets lie in it
@@ -59,7 +62,9 @@ class LocalRay:
     def __enter__(self) -> LocalRay:
         self._directory.mkdir()
         try:
-            self._start("--head", f"--port={self.port}", "--include-dashboard=false")
+            self._start(
+                "--head", f"--port={self.port}", "--include-dashboard=false", "--no-monitor"
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -70,14 +75,12 @@ class LocalRay:
         """How many VM hosts have joined."""
         return len(self._nodes) - 1
 
-    def join(self, host: VmHost, slots: int) -> subprocess.Popen[bytes]:
-        """Add a VM host; the process whose end is its end."""
+    def join(self, slots: int, env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """Add a VM host with this environment; the process whose end is its end."""
         return self._start(
             f"--address={self.address}",
             f"--resources={json.dumps({'vm_slot': slots})}",
-            **host.env,
-            VMKERNEL_POOL_SIZE="0",
-            VMKERNEL_MAX_CONCURRENT_VMS=str(slots),
+            **{"VMKERNEL_POOL_SIZE": "0", "VMKERNEL_MAX_CONCURRENT_VMS": str(slots), **env},
         )
 
     def _start(self, *options: str, **env: str) -> subprocess.Popen[bytes]:
@@ -100,7 +103,7 @@ class LocalRay:
                 start_new_session=True,
             )
         self._nodes.append(node)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE
         while b"Ray runtime started" not in log.read_bytes():
             if node.poll() is not None or time.monotonic() > deadline:
                 raise AssertionError(f"Ray did not start:\n{log.read_text()[-3000:]}")

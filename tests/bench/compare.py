@@ -10,6 +10,7 @@
     script/bench --scale 200          many kernels at once: what a further one costs, as they grow
     script/bench --goals              all of that, for docs/performance.md: figures, plots
     script/bench --plot FILE.json     the plots of what one of these has written
+    script/bench --cluster            a kernel that Ray places, beside the same kernel started here
     script/bench --oneshot            `vmkernel run` of hello world beside python3, bubblewrap, …
 
 What is measured, and how, is in ``vmkernel/bench``; here is what only a checkout has: the command
@@ -66,8 +67,10 @@ def parse_arguments() -> argparse.Namespace:
     other.add_argument("--waterfall", action="store_true", help="the steps of a start instead")
     other.add_argument("--scale", type=int, metavar="N", help="up to N kernels at once instead")
     other.add_argument("--oneshot", action="store_true", help="one-shot hello world instead")
+    other.add_argument("--cluster", action="store_true", help="placed by Ray beside started here")
     other.add_argument("--goals", action="store_true", help="figures, waterfall and scale, plotted")
     other.add_argument("--plot", type=Path, metavar="JSON", help="draw what was measured")
+    parser.add_argument("--pool", action="store_true", help="with --cluster: from the ready pool")
     parser.add_argument(
         "--most", type=int, default=200, metavar="N", help="kernels at once, with --goals (200)"
     )
@@ -99,6 +102,17 @@ def main() -> int:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     if options.oneshot:
         return oneshot.main(options.rounds, options.output, say)
+    if options.cluster:
+        import cluster
+
+        words, found = cluster.take(
+            options.rounds, options.cells, options.many, options.pool, say
+        )  # fmt: skip
+        path = options.output / f"cluster-{time.strftime('%Y-%m-%dT%H%M%S')}.json"
+        report.write_json(path, found)
+        path.with_suffix(".md").write_text(words)
+        print(words)
+        return 0
     if options.plot:
         return draw(options.plot, options.into_docs)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what there is by then is told

@@ -48,7 +48,7 @@ def ray(session_dir: Path, cluster_spec: str) -> Iterator[LocalRay]:
 def host(ray: LocalRay, session_dir: Path) -> Iterator[VmHost]:
     """A VM host of two slots that is part of the cluster."""
     host = VmHost(session_dir)
-    node = ray.join(host, SLOTS)
+    node = ray.join(SLOTS, host.env)
     yield host
     ray.end(node)
     assert seconds_until(lambda: not host.qemus(), 10) is not None
