@@ -50,7 +50,6 @@ class LocalRay:
         self.env = {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(24),
-            "RAY_raylet_start_wait_time_s": "60",  # the machine may be busy
             # Seconds for which the head may be away, until Ray's processes end themselves: of 60
             "RAY_gcs_rpc_server_reconnect_timeout_s": "10",
             "RAY_raylet_start_wait_time_s": str(PATIENCE),  # of 30: too few on a busy machine
