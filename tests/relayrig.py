@@ -6,6 +6,7 @@ The kernels are plain ipykernel with encryption where the test is not about a VM
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -51,12 +52,14 @@ class Rig:
         """Start a kernel that encrypts; its connection information."""
 
         async def start() -> dict[str, Any]:
-            manager = AsyncKernelManager(kernel_name=name, transport_encryption="required")
-            manager.session.key = KEY
-            self.kernels.append(manager)
-            await manager.start_kernel()
-            info = dict(manager.get_connection_info())
-            return {k: v.decode() if isinstance(v, bytes) else v for k, v in info.items()}
+            while True:
+                manager = AsyncKernelManager(kernel_name=name, transport_encryption="required")
+                manager.session.key = KEY
+                self.kernels.append(manager)
+                await manager.start_kernel()
+                info = dict(manager.get_connection_info())
+                if await _listens(manager, info["hb_port"]):
+                    return {k: v.decode() if isinstance(v, bytes) else v for k, v in info.items()}
 
         return self.within(start)
 
@@ -93,6 +96,17 @@ class Rig:
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join(10)
         self.loop.close()
+
+
+async def _listens(manager: AsyncKernelManager, port: int) -> bool:
+    """Wait for the socket that is bound last; False: a port that was chosen was taken meanwhile."""
+    while await manager.is_alive():
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            return True
+        await asyncio.sleep(0.05)
+    return False
 
 
 def run(client: BlockingKernelClient, code: str, **options: Any) -> tuple[str, dict[str, Any]]:

@@ -21,6 +21,7 @@ from jupyter_client.session import Session
 from relayrig import KEY, PATIENCE, Rig, Wire, run
 from vmkernel.cluster import remote
 from vmkernel.errors import VmHostLostError
+from vmkernel.kernel import sockets
 
 MIB = 1 << 20
 
@@ -174,8 +175,35 @@ def test_a_thousand_front_ends_with_the_same_ids_get_their_answers(shared: Rig) 
     assert "pending=0" in repr(shared.relay)
 
 
-def test_many_cells_and_interrupts_from_many_clients_at_once(shared: Rig) -> None:
-    """Every request has its one answer, whatever comes between."""
+def test_very_many_cells_on_a_host_that_is_lost_have_their_answers(
+    rig: Rig, plain_spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sockets, "MOST_BACKLOG", 100)
+    rig.connect(rig.kernel(plain_spec))
+    rig.ready().stop_channels()  # one that does not read would be waited for
+    shell, iopub = Wire(rig, "shell"), Wire(rig, "iopub", rcvhwm=10)
+    assert iopub.receive()["msg_type"] == "iopub_welcome"
+    codes = ["while True: pass", *["1"] * 799]
+    ids = [shell.send("execute_request", {"code": code, "silent": False}) for code in codes]
+    deadline = time.monotonic() + PATIENCE
+    while "pending=800" not in repr(rig.relay):
+        assert time.monotonic() < deadline, rig.relay
+        time.sleep(0.05)
+    rig.within(rig.relay.fail, VmHostLostError("gone " * 2000))
+    errors = []
+    while len(errors) < len(ids):
+        message = iopub.receive(10)
+        if message["msg_type"] == "error":
+            errors.append(message["parent_header"]["msg_id"])
+    assert errors == ids
+    replies = [shell.receive(10) for _ in ids]
+    assert [reply["parent_header"]["msg_id"] for reply in replies] == ids
+    shell.close()
+    iopub.close()
+
+
+def test_many_cells_of_many_clients_at_once(shared: Rig) -> None:
+    """Every request has its one answer, in its client's order."""
     clients = [shared.ready() for _ in range(4)]
     answers: list[int] = []
 

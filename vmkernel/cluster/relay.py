@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import enum
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +31,12 @@ WELCOME_SECONDS = 3.0
 """How long a kernel may take to say that its iopub is heard, before requests go all the same."""
 PATIENCE = 2.0
 """Seconds that an editor's question waits for a kernel that is coming up (as on one host)."""
+
+REFUSE_SECONDS = 5.0
+"""For so long thousands of errors wait for a front end that does not read; then they are sent to
+those that do, and what does not fit is lost to it."""
+_TURN = 100
+"""Errors that are sent at once."""
 
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -83,6 +91,10 @@ class Relay:
         self._count = 0
         """The kernel's last execution count"""
         self._error: VmError | None = None
+        self._refused: deque[tuple[Passing, dict[str, Any]]] = deque()
+        """Requests, and the errors that are to be their answers"""
+        self._refusing: asyncio.TimerHandle | None = None
+        self._refuse_until = 0.0
 
     def __repr__(self) -> str:
         held = len(self._waiting) if self._waiting is not None else 0
@@ -170,7 +182,11 @@ class Relay:
             self._waiting.take_all()
         sockets, self._sockets, self._waiting = self._sockets, None, None
         self._pending.take_all()
+        if self._refusing is not None:
+            self._refusing.cancel()
         if sockets is not None:
+            while self._refused:
+                _publish_error(sockets, *self._refused.popleft(), self._count)
             await sockets.close_gently()
 
     # --- from front ends ---
@@ -278,21 +294,24 @@ class Relay:
             sockets.status("idle", request.raw[0])
 
     def _refuse(self, request: Passing, error: dict[str, Any]) -> None:
-        sockets = self._sockets
-        if sockets is None:
-            return
-        sockets.status("busy", request.raw[0])
-        content: dict[str, Any] = {"status": "error", **error}
-        if request.msg_type == "execute_request":
-            if not request.silent:
-                sockets.publish("error", error, request.raw[0])
-            content |= {
-                "execution_count": self._count, "user_expressions": {}, "payload": [],
-            }  # fmt: skip
-        if request.msg_type.endswith("_request"):
-            msg_type = request.msg_type.removesuffix("_request") + "_reply"
-            sockets.reply(request, msg_type, content, {"status": "error"})
-        sockets.status("idle", request.raw[0])
+        """Answer with an error: now, or when front ends have taken those before it."""
+        if not self._refused:
+            self._refuse_until = time.monotonic() + REFUSE_SECONDS
+        self._refused.append((request, error))
+        if self._refusing is None:
+            self._refuse_some()
+
+    def _refuse_some(self) -> None:
+        self._refusing = None
+        for _ in range(_TURN):
+            sockets = self._sockets
+            if not self._refused or sockets is None:
+                return
+            if sockets.congested and time.monotonic() < self._refuse_until:
+                break
+            request, error = self._refused.popleft()
+            _publish_error(sockets, request, error, self._count)
+        self._refusing = asyncio.get_running_loop().call_later(0.01, self._refuse_some)
 
     # --- from the kernel ---
 
@@ -350,3 +369,18 @@ class Relay:
             if self._sockets is not None:
                 for channel in ("shell", "control", "stdin"):
                     self._sockets.release(channel)
+
+
+def _publish_error(sockets: FrontEnds, request: Passing, error: dict[str, Any], count: int) -> None:
+    """The answer to a request that is not served; *count* is the last execution count."""
+    header = request.raw[0]
+    sockets.status("busy", header)
+    content: dict[str, Any] = {"status": "error", **error}
+    if request.msg_type == "execute_request":
+        if not request.silent:
+            sockets.publish("error", error, header)
+        content |= {"execution_count": count, "user_expressions": {}, "payload": []}
+    if request.msg_type.endswith("_request"):
+        msg_type = request.msg_type.removesuffix("_request") + "_reply"
+        sockets.reply(request, msg_type, content, {"status": "error"})
+    sockets.status("idle", header)

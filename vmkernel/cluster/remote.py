@@ -31,6 +31,14 @@ MOST_UNREAD = 128
 """Messages of the kernel on iopub that wait here; then it is held up itself.  They may be large."""
 _TURN = 64
 """Messages of one socket before the others have a turn."""
+_KEEPALIVE = {
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 60,
+    zmq.TCP_KEEPALIVE_INTVL: 30,
+    zmq.TCP_KEEPALIVE_CNT: 10,
+}
+"""Seconds and times (tcp(7)): no firewall between the hosts forgets a connection that is idle over
+night.  That a host is gone the lease tells, far sooner than these do."""
 _LOOK_SECONDS = 0.01
 """How often to look whether large messages have gone out."""
 
@@ -75,6 +83,8 @@ class Remote:
                 self._sockets[name] = sock
                 sock.linger = 0
                 sock.copy_threshold = _LARGE
+                for option, value in _KEEPALIVE.items():
+                    sock.setsockopt(option, value)
                 sock.curve_serverkey = _bytes(server_key)
                 sock.curve_publickey, sock.curve_secretkey = public, secret
                 if kind == zmq.DEALER:
