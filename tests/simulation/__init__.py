@@ -1,0 +1,1 @@
+"""A cluster as discrete events, for docs/scale.md; run it with ``script/scale``."""
