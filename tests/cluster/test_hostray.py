@@ -46,7 +46,7 @@ def vms(session_dir: Path) -> Iterator[VmHost]:
 
 @pytest.fixture(scope="module")
 def node(ray: LocalRay, vms: VmHost) -> subprocess.Popen[bytes]:
-    return ray.join(vms, 3)
+    return ray.join(3, vms.env)
 
 
 @pytest_asyncio.fixture
