@@ -20,14 +20,22 @@ from typing import Any
 
 import psutil
 
-from vmhost import VmHost, seconds_until
+from vmhost import VmHost
 
 SUBNET = "10.213.77"
 PORT = 6379
-READY_SECONDS = 90
+READY_SECONDS = 60
+STARTS = 3
+"""A raylet ends itself when its agents take more than 15 s to start (Ray's issue 65983)."""
+HASTE = ["nice", "--adjustment=-10"]
+"""So that they do not, be the machine ever so busy; only for the start."""
+RAY_OPTIONS = [
+    "--num-cpus=0", "--object-store-memory=80000000", "--disable-usage-stats", "--block",
+    "--include-log-monitor=false",  # a process of Python less on each host
+]  # fmt: skip
 
 
-def missing() -> str:
+def why_not() -> str:
     """Why there can be no such cluster here; "" when there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
@@ -52,6 +60,7 @@ class NetHost:
         """What the cluster's directory is on this host: raylets that share one get in each other's
         way."""
         self.directory.mkdir()
+        self.log = cluster.directory.parent / f"{self.name}.log"
         self.vms = VmHost(cluster.session_dir)
         self.raylet: subprocess.Popen[bytes] | None = None
 
@@ -107,16 +116,32 @@ class NetHost:
             [f"--resources={{\"vm_slot\": {self.slots}}}",
              f"--address={self.cluster.address}"]
             if self.slots
-            else ["--head", f"--port={PORT}", "--include-dashboard=false",
+            else ["--head", f"--port={PORT}", "--include-dashboard=false", "--no-monitor",
                   f"--temp-dir={self.cluster.directory}"]
         )  # fmt: skip
-        log = (self.cluster.directory.parent / f"{self.name}.log").open("ab")
-        with log:
+        with self.log.open("ab") as log:
             self.raylet = self.popen(
-                ray, "start", *where, f"--node-ip-address={self.ip}", "--num-cpus=0",
-                "--object-store-memory=80000000", "--disable-usage-stats", "--block",
+                *HASTE, ray, "start", *where, f"--node-ip-address={self.ip}", *RAY_OPTIONS,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
+
+    def wait_ready(self) -> None:
+        """Wait until the raylet is part of the cluster."""
+        for _ in range(STARTS):
+            limit = time.monotonic() + READY_SECONDS
+            while time.monotonic() < limit and self.raylet and self.raylet.poll() is None:
+                if b"Ray runtime started" in self.log.read_bytes():
+                    return self._take_time()
+                time.sleep(0.05)
+            self.kill()
+            self.log.rename(self.log.with_suffix(f".{time.monotonic_ns()}.log"))
+            self.start()
+        raise AssertionError(f"{self} did not start:\n{self.cluster.logs()}")
+
+    def _take_time(self) -> None:
+        for pid in self.pids():
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(pid).nice(0)
 
     def pids(self) -> list[int]:
         """The processes in this namespace."""
@@ -149,7 +174,7 @@ class NetCluster:
     def __init__(self, session_dir: Path, slots: Sequence[int], **env: str) -> None:
         """``slots`` of each VM host; ``env`` is added to every process's."""
         self.session_dir = session_dir
-        self.tag = secrets.token_hex(2)
+        self.tag = secrets.token_hex(3)
         self.bridge = f"vmk{self.tag}br"
         self.token = secrets.token_hex(24)
         # Not "ray": a directory of that name hides the package from who starts beside it
@@ -182,15 +207,12 @@ class NetCluster:
             _ip("link", "set", self.bridge, "up")
             for host in self.all:
                 host.add()
-            self.gateway.start()
-            probe = f"exec 3<>/dev/tcp/{SUBNET}.1/{PORT}"
-
-            def listens() -> bool:
-                return self.gateway.run("bash", "-c", probe).returncode == 0
-
-            assert seconds_until(listens, READY_SECONDS) < READY_SECONDS, self.logs()
-            for host in self.hosts:
-                host.start()
+            # One after the other: hosts wait for their head with a limit of their own
+            for hosts in ([self.gateway], self.hosts):
+                for host in hosts:
+                    host.start()
+                for host in hosts:
+                    host.wait_ready()
         except BaseException:
             self.close()
             raise

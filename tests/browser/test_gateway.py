@@ -17,7 +17,8 @@ from lab import Lab, Notebook, chromium, chromium_path
 from lab_server import LabServer
 from playwright.sync_api import expect
 
-from netcluster import SUBNET, NetCluster, missing
+from netcluster import SUBNET, NetCluster, why_not
+from prerequisites import missing
 from vmhost import seconds_until
 
 pytestmark = [
@@ -33,8 +34,8 @@ def cluster(session_dir: Path, kernel_name: str) -> Iterator[NetCluster]:
     """A gateway and one VM host, with the image that plots need."""
     from vmkernel.cli.install import install_kernelspec
 
-    if reason := missing():
-        pytest.skip(f"no cluster in namespaces: {reason}")
+    if reason := why_not():
+        missing(f"no cluster in namespaces: {reason}")
     kernels = Path(os.environ["JUPYTER_DATA_DIR"]) / "kernels"
     install_kernelspec(kernels, name=SPEC, options={}, on_hosts=kernel_name)
     # The kernelspec's own recipe and memory hold
@@ -81,7 +82,7 @@ def lab(
     """JupyterLab on the hub, whose kernels are the gateway's."""
     path = chromium_path()
     if path is None:
-        pytest.skip("there is no Chromium: script/setup --browser")
+        missing("there is no Chromium: script/setup --browser")
     root = session_dir / "hub"
     root.mkdir()
     # Playwright speaks with it over pipes; all that Chromium connects to is on the hub

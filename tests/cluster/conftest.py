@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from netcluster import NetCluster, missing
+from netcluster import NetCluster, why_not
+from prerequisites import missing
 from relayrig import Rig
 
 
@@ -45,8 +46,8 @@ def ray_spec(minimal_image: str, template: str) -> str:
 @pytest.fixture(scope="module")
 def cluster(session_dir: Path, ray_spec: str) -> Iterator[NetCluster]:
     """A gateway and three hosts of two slots each."""
-    if reason := missing():
-        pytest.skip(f"no cluster in namespaces: {reason}")
+    if reason := why_not():
+        missing(f"no cluster in namespaces: {reason}")
     with NetCluster(session_dir, [2, 2, 2], VMKERNEL_CLUSTER_LEASE="12") as cluster:
         yield cluster
     assert not cluster.left()
