@@ -26,6 +26,10 @@ from prerequisites import missing
 MEMORY = "80000000"  # bytes of Ray's object store, the least that it takes
 PATIENCE = 90
 """Seconds for a node to start: 6 when the machine has nothing else to do."""
+_PORTS = (
+    "dashboard-agent-listen-port", "dashboard-agent-grpc-port", "runtime-env-agent-port",
+    "metrics-export-port",
+)  # fmt: skip
 _numbers = itertools.count()
 
 
@@ -44,8 +48,7 @@ class LocalRay:
 
     def __init__(self, session_dir: Path) -> None:
         self.ip = own_address()
-        with socket.create_server((self.ip, 0)) as free:
-            self.port = free.getsockname()[1]
+        (self.port,) = self._free_ports(1)
         self.address = f"{self.ip}:{self.port}"
         self.env = {
             "RAY_AUTH_MODE": "token",
@@ -69,6 +72,11 @@ class LocalRay:
             raise
         return self
 
+    def _free_ports(self, count: int) -> list[int]:
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(socket.create_server((self.ip, 0))) for _ in range(count)]
+            return [sock.getsockname()[1] for sock in socks]
+
     @property
     def hosts(self) -> int:
         """How many VM hosts have joined."""
@@ -87,7 +95,9 @@ class LocalRay:
         words = [
             "start", *options, f"--node-ip-address={self.ip}", "--num-cpus=0", "--block",
             f"--object-store-memory={MEMORY}", "--disable-usage-stats",
-            "--dashboard-agent-listen-port=0",
+            # Where it is to choose them, a raylet dies when its agents, which import Ray, take more
+            # than 15 s on a busy machine to say theirs
+            *(f"--{name}={port}" for name, port in zip(_PORTS, self._free_ports(4), strict=True)),
         ]  # fmt: skip
         if "--head" in options:
             words.append(f"--temp-dir={self._directory}")
