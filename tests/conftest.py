@@ -109,6 +109,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         return
     for process in leftovers.processes_of(session_dir):
         process.kill()
+    leftovers.remove_networks(session_dir)
     shutil.rmtree(session_dir, ignore_errors=True)
 
 

@@ -2,14 +2,17 @@
 
 Every process of a session carries the session's directory in its environment or on its command
 line (VMKERNEL_RUNTIME_DIR), wherever it was re-parented to; so it can be told from a VM that the
-user runs beside the tests.
+user runs beside the tests.  Network namespaces and links carry a name that was noted in that
+directory before they were made (`note_network`).
 """
 
 from __future__ import annotations
 
 import os
 import stat
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -65,9 +68,31 @@ def files_in(runtime_dir: Path) -> list[str]:
     return left
 
 
+def note_network(session_dir: Path, prefix: str) -> None:
+    """Namespaces, bridges and links whose names begin like this are the session's."""
+    (session_dir / "networks").mkdir(exist_ok=True)
+    (session_dir / "networks" / prefix).touch()
+
+
+def networks_of(session_dir: Path) -> Iterator[tuple[str, str]]:
+    """The session's namespaces (``netns``) and links (``link``) that are there, by name."""
+    noted = tuple(path.name for path in (session_dir / "networks").glob("*"))
+    for kind, directory in (("netns", "/run/netns"), ("link", "/sys/class/net")):
+        if noted and Path(directory).is_dir():
+            found = sorted(path.name for path in Path(directory).iterdir())
+            yield from ((kind, name) for name in found if name.startswith(noted))
+
+
+def remove_networks(session_dir: Path) -> None:
+    """Take them away.  With a namespace goes its end of a link, and with that the other."""
+    for kind, name in networks_of(session_dir):
+        subprocess.run(["ip", kind, "del", name], capture_output=True, check=False)
+
+
 def find(session_dir: Path, patience: float = 5.0) -> list[str]:
     """Everything left behind, one line each; what is about to end gets *patience* seconds."""
     deadline = time.monotonic() + patience
     while (left := processes_of(session_dir)) and time.monotonic() < deadline:
         time.sleep(0.1)
-    return [*map(describe, left), *files_in(session_dir / "run")]
+    networks = (" ".join(network) for network in networks_of(session_dir))
+    return [*map(describe, left), *files_in(session_dir / "run"), *networks]

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+import leftovers
 from vmhost import VmHost
 
 SUBNET = "10.213.77"
@@ -202,6 +203,7 @@ class NetCluster:
         return [self.gateway, *self.hosts, self.hub]
 
     def __enter__(self) -> NetCluster:
+        leftovers.note_network(self.session_dir, f"vmk{self.tag}")
         try:
             _ip("link", "add", self.bridge, "type", "bridge")
             _ip("link", "set", self.bridge, "up")
@@ -240,10 +242,8 @@ class NetCluster:
 
     def left(self) -> list[str]:
         """What is there of it after :meth:`close`."""
-        links = subprocess.run(["ip", "-o", "link"], capture_output=True, text=True, check=True)
-        names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True)
-        own = f"vmk{self.tag}"
-        found = [line for line in (links.stdout + names.stdout).splitlines() if own in line]
+        networks = leftovers.networks_of(self.session_dir)
+        found = [" ".join(one) for one in networks if one[1].startswith(f"vmk{self.tag}")]
         found += [
             f"process {process.pid} {process.info['name']}"
             for process in psutil.process_iter(["environ", "name"])

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import leftovers
+import netcluster
+from prerequisites import missing
 
 TESTS = Path(__file__).parents[1]
 
@@ -57,6 +59,25 @@ def test_a_socket_left_behind_fails_the_session(tmp_path):
     )
     assert done.returncode == 1
     assert "vms/vm-1/port" in done.stdout
+
+
+def test_a_network_namespace_left_behind_fails_the_session_and_is_removed(tmp_path):
+    if reason := netcluster.why_not():
+        missing(reason)
+    name = f"vmkleft{os.getpid()}"
+    done = _session(
+        tmp_path,
+        "import leftovers\n"
+        "def test_it(session_dir):\n"
+        f"    leftovers.note_network(session_dir, '{name}')\n"
+        f"    subprocess.run(['ip', 'netns', 'add', '{name}'], check=True)\n"
+        f"    subprocess.run(['ip', 'netns', 'add', 'x{name}'], check=True)\n",
+    )
+    names = subprocess.run(["ip", "netns"], capture_output=True, text=True, check=True)
+    subprocess.run(["ip", "netns", "del", f"x{name}"], check=True)
+    assert done.returncode == 1
+    assert f"netns {name}\n" in done.stdout
+    assert [line.split()[0] for line in names.stdout.splitlines() if name in line] == [f"x{name}"]
 
 
 def test_furniture_is_no_leftover(tmp_path):
