@@ -252,6 +252,27 @@ def test_the_wait_has_a_limit_and_the_next_cell_tries_again(ray, host, start):
     assert waiting.result(cell) == "now\n"
 
 
+def test_a_reservation_that_is_cancelled_at_any_moment_is_given_back(ray, host, start):
+    start().run("print(1)")
+    instance = Driver._instance
+    assert instance is not None
+
+    async def cancel() -> Any:
+        cluster = await instance.cluster(Settings(cluster_address=ray.address))
+        for milliseconds in (0, 1, 2, 3, 4, 5, 6, 8, 10, 15, 25, 50):
+            for name in ("a", "b"):  # one is granted, the other waits
+                task = asyncio.create_task(cluster.reserve(f"{name}{milliseconds}"))
+                await asyncio.sleep(milliseconds / 1000)
+                if not task.cancel():
+                    await task.result().release()
+                await asyncio.wait([task])
+        await asyncio.sleep(1)
+        return await cluster.ask("waiting")
+
+    assert instance.submit(cancel()).result(30) == []
+    assert seconds_until(lambda: reserved(ray) == 1, 5) is not None
+
+
 def test_shutdown_while_it_waits_leaves_nothing(ray, host, start, monkeypatch):
     kernels = [start() for _ in range(SLOTS)]
     assert [kernel.run("print(1)") for kernel in kernels] == ["1\n"] * SLOTS

@@ -52,7 +52,7 @@ class Driver:
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         self._clusters: dict[str, Cluster] = {}
-        self._joining: dict[str, asyncio.Lock] = {}
+        self._joining: dict[str, asyncio.Task[Cluster]] = {}
         self._links: dict[tuple[str, str], HostLink] = {}
         self._kernels: set[ClusterKernel] = set()
         self._avoided: dict[str, float] = {}
@@ -88,7 +88,11 @@ class Driver:
 
     def submit(self, coroutine: Coroutine[Any, Any, _T]) -> concurrent.futures.Future[_T]:
         """Run *coroutine* in the driver's loop, from any thread."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        try:
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        except RuntimeError:  # the loop is closed
+            coroutine.close()
+            raise
 
     async def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
         """Await *coroutine*, which runs in the driver's loop, in the caller's."""
@@ -146,15 +150,23 @@ class Driver:
     async def cluster(self, settings: Settings) -> Cluster:
         """The cluster of these settings, joined once for all kernels.  Raises VmError."""
         address = settings.cluster_address
-        async with self._joining.setdefault(address, asyncio.Lock()):
-            cluster = self._clusters.get(address)
-            if cluster is not None and cluster.lost:
-                await cluster.close()
-                cluster = None
-            if cluster is None:
-                cluster = self._clusters[address] = await Cluster.join(settings)
-                self.spawn(self._keep_ready(cluster))
+        cluster = self._clusters.get(address)
+        if cluster is not None and not cluster.lost:
             return cluster
+        joining = self._joining.get(address)
+        if joining is None:
+            joining = self._joining[address] = self.spawn(self._join(settings))
+            joining.add_done_callback(lambda _: self._joining.pop(address))
+        # One attempt for all that wait, whichever of them gives up
+        return await asyncio.shield(joining)
+
+    async def _join(self, settings: Settings) -> Cluster:
+        former = self._clusters.pop(settings.cluster_address, None)
+        if former is not None:
+            await former.close()
+        cluster = self._clusters[settings.cluster_address] = await Cluster.join(settings)
+        self.spawn(self._keep_ready(cluster))
+        return cluster
 
     async def link(self, settings: Settings, host: Host) -> HostLink:
         """The contact with one host, which renews the leases of this process's kernels on it."""

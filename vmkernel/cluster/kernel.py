@@ -143,13 +143,17 @@ class ClusterKernel:
         self.exit_code, self.state = None, State.PLACING
         link = await self._driver.link(self._settings, host)
         await self._run(Running(told["remote_id"], host, link, dict(told["remote"]), []))
-        self._driver.spawn(self._search.hold(host))
+        self._driver.spawn(self._search.hold(host, lambda: self._running is not None))
 
     async def _open(self, info: Mapping[str, Any]) -> Relay:
         relay = Relay(info, kernel_info=self._kernel_info)
         relay.on_work = self._on_work
         relay.on_shutdown = self._on_shutdown
-        await relay.open()
+        try:
+            await relay.open()
+        except BaseException:
+            self._driver.leave(self)
+            raise
         return relay
 
     async def signal(self, signum: int) -> None:
@@ -239,7 +243,7 @@ class ClusterKernel:
         """The cluster was joined anew, by another process: what was reserved went with the old."""
         if self._running is not None:
             self._running = self._running._replace(host=host)
-            self._driver.spawn(self._search.hold(host))
+            self._driver.spawn(self._search.hold(host, lambda: self._running is not None))
 
     def silent(self, seconds: float) -> None:
         """There has been no contact with its host for that long."""

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import os
+import secrets
 import socket
 import subprocess
 import time
@@ -190,14 +191,15 @@ class Cluster:
             HostLostError, HostSilentError, HostFailedError: the cluster cannot be asked.
         """
         end = None if timeout is None else time.monotonic() + timeout
-        group = await self.ask("reserve", kernel_id, list(avoid), only)
+        key = secrets.token_hex(16)
         node_id = ""
         try:
+            await self.ask("reserve", key, kernel_id, list(avoid), only)
             wait = 0.2
             while not node_id:
                 left = wait if end is None else min(wait, max(0.0, end - time.monotonic()))
                 node_id = await self.ask(
-                    "await_reservation", group, left, seconds=left + CALL_TIMEOUT
+                    "await_reservation", key, left, seconds=left + CALL_TIMEOUT
                 )
                 wait = SLICE
                 if not node_id:
@@ -212,9 +214,9 @@ class Cluster:
                     say(f"waiting for a VM slot in the cluster: {slots}")
             host = await self.host(node_id)
         except BaseException:
-            self.release_soon(group)
+            self.release_soon(key)
             raise
-        return Reservation(self, group, host)
+        return Reservation(self, key, host)
 
     async def slots_in_words(self) -> str:
         """Like "3 of 12 taken on 2 hosts"; as Ray counts them."""
@@ -226,16 +228,16 @@ class Cluster:
         taken = slots["total"] - slots["free"]
         return f"{taken} of {slots['total']} taken on {len(hosts)} host{plural}"
 
-    def release_soon(self, group: str) -> None:
+    def release_soon(self, key: str) -> None:
         """Give a reservation back without waiting for the answer."""
-        task = asyncio.get_running_loop().create_task(self._release(group))
+        task = asyncio.get_running_loop().create_task(self._release(key))
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _release(self, group: str) -> None:
+    async def _release(self, key: str) -> None:
         # Reservations of a placer that is gone are gone as well
         with contextlib.suppress(HostLostError, HostSilentError, HostFailedError):
-            await self.ask("release", group)
+            await self.ask("release", key)
 
     def log_tail(self) -> str:
         """The last of what Ray's libraries wrote on their standard error."""
@@ -347,14 +349,14 @@ class Host:
 class Reservation:
     """A VM slot of the cluster, kept until it is released or this process ends."""
 
-    def __init__(self, cluster: Cluster, group: str, host: Host) -> None:
+    def __init__(self, cluster: Cluster, key: str, host: Host) -> None:
         self._cluster = cluster
-        self._group = group
+        self._key = key
         self.host = host
 
     def __repr__(self) -> str:
-        return f"<Reservation {self._group[:8]} on {self.host.label}>"
+        return f"<Reservation {self._key[:8]} on {self.host.label}>"
 
     async def release(self) -> None:
         """Give the slot back; idempotent, never fails."""
-        await self._cluster._release(self._group)
+        await self._cluster._release(self._key)

@@ -161,8 +161,11 @@ class Placer:
         names = [group["name"] for group in groups if group["state"] in ("PENDING", "RESCHEDULING")]
         return sorted(name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX))
 
-    async def do_reserve(self, kernel_id: str, avoid: list[str], only: str) -> str:
-        """Ask for one slot on any host but *avoid*, or on *only* (ids of nodes): a group's id."""
+    async def do_reserve(self, key: str, kernel_id: str, avoid: list[str], only: str) -> None:
+        """Ask for one slot on any host but *avoid*, or on *only* (ids of nodes).
+
+        *key* names the reservation from now on; it may be released before it is made.
+        """
         from ray.util.placement_group import placement_group
 
         where = f"in({only})" if only else f"!in({','.join(avoid)})" if avoid else ""
@@ -174,32 +177,38 @@ class Placer:
         def make() -> Any:
             return placement_group([{RESOURCE: 1}], strategy="SPREAD", name=name, **options)
 
+        self._groups[key] = None
         group = await self._call(make)
-        self._groups[group.id.hex()] = group
-        return str(group.id.hex())
+        if key in self._groups:
+            self._groups[key] = group
+        else:
+            await self._remove(group)
 
-    async def do_await_reservation(self, group_id: str, seconds: float) -> str:
+    async def do_await_reservation(self, key: str, seconds: float) -> str:
         """The id of the node that the slot is on; "" when *seconds* are over."""
         from ray.util.placement_group import placement_group_table
 
-        group = self._groups.get(group_id)
+        group = self._groups.get(key)
         if group is None:
             raise TroubleError("dead", "the reservation was released")
         loop = asyncio.get_running_loop()
         if not await loop.run_in_executor(self._waits, group.wait, seconds):
             return ""
         table = await self._call(placement_group_table, group)
-        if group_id not in self._groups or table.get("state") != "CREATED":
+        if key not in self._groups or table.get("state") != "CREATED":
             raise TroubleError("dead", f"the reservation's state is {table.get('state')}")
         return str(table["bundles_to_node_id"][0])
 
-    async def do_release(self, group_id: str) -> None:
+    async def do_release(self, key: str) -> None:
         """Give the slot back, or stop waiting for it."""
+        group = self._groups.pop(key, None)
+        if group is not None:
+            await self._remove(group)
+
+    async def _remove(self, group: Any) -> None:
         from ray.util.placement_group import remove_placement_group
 
-        group = self._groups.pop(group_id, None)
-        if group is not None:
-            await self._call(remove_placement_group, group)
+        await self._call(remove_placement_group, group)
 
     async def do_host(
         self,

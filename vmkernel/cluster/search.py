@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 MOST_TRIES = 5
 """Hosts that are asked, when one after the other has no slot after all."""
-START_TIMEOUT = 330.0
-"""Seconds until a host has a VM for us: its own limits (boot_timeout for a first template) are
-shorter."""
+START_TIMEOUT = 100.0
+"""Seconds until a host has a slot for us, or says that it has none: its own limit is 60 (a template
+is made behind the slot).  A host that is silent for so long is given up for another."""
 AVOID_WAIT = 10.0
 """Seconds to wait for a slot elsewhere than on the hosts that are avoided."""
 
@@ -107,15 +107,22 @@ class Search:
             say(f"{told}; trying again")
             await asyncio.sleep(backoff(attempt))
 
-    async def hold(self, host: Host) -> None:
-        """Have a slot for a kernel that runs on *host* already: its former owner has ended."""
+    async def hold(self, host: Host, runs: Callable[[], bool]) -> None:
+        """Have a slot for a kernel that runs on *host* already: its former owner has ended.
+
+        *runs* tells, when there is one, whether it is still needed.
+        """
         with contextlib.suppress(VmError, *HOST_ERRORS):
             await self.give_back()
-            self._reservation = await host.cluster.reserve(
+            reservation = await host.cluster.reserve(
                 self._kernel_id,
                 only=host.facts.node_id,
                 timeout=self._settings.cluster_lease,
             )
+            if runs() and self._reservation is None:
+                self._reservation = reservation
+            else:
+                await reservation.release()
 
     def keep_for(self, seconds: float) -> None:
         """Give the slot back after this time, if nobody takes it up before."""
