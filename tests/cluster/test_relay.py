@@ -193,6 +193,8 @@ def test_a_restart_looks_as_plains_does(rig: Rig, plain_spec: str) -> None:
     assert iopub.receive()["msg_type"] == "iopub_welcome"
     client.shutdown(restart=True)
     assert client.get_control_msg(timeout=PATIENCE)["content"]["restart"] is True
+    while iopub.receive()["msg_type"] != "shutdown_reply":  # which plain publishes, too
+        pass
     late = client.execute("print('x' in globals())")  # waits for the next one, as in plain's socket
     rig.within(rig.relay.waiting)
     rig.connect(rig.kernel(plain_spec))
@@ -204,11 +206,9 @@ def test_a_restart_looks_as_plains_does(rig: Rig, plain_spec: str) -> None:
         content = message["content"]
         seen.append(content.get("execution_state") or content.get("text") or message["msg_type"])
     iopub.close()
-    order = [word for word in seen if word in ("shutdown_reply", "starting", "False\n")]
+    order = [word for word in seen if word in ("starting", "False\n")]
     # The new kernel says "starting", too; whether that is heard depends on who is quicker
-    assert [word for word, _ in itertools.groupby(order)] == [
-        "shutdown_reply", "starting", "False\n",
-    ]  # fmt: skip
+    assert [word for word, _ in itertools.groupby(order)] == ["starting", "False\n"]
     assert "iopub_welcome" not in seen  # its connection stayed
 
 
@@ -275,7 +275,7 @@ def test_an_interrupt_ends_the_wait(rig: Rig) -> None:
     reply = client.get_shell_msg(timeout=5)["content"]
     assert reply["ename"] == "KeyboardInterrupt"
     assert "did not run" in reply["evalue"]
-    assert interrupted.is_set()
+    assert interrupted.wait(5)
 
 
 def test_nothing_unsigned_is_obeyed(rig: Rig) -> None:

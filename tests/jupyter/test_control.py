@@ -23,6 +23,7 @@ def test_control_is_answered_while_a_cell_runs(kernel: Kernel) -> None:
 def test_control_is_answered_while_code_lets_no_thread_run(kernel: Kernel) -> None:
     cell = kernel.send(GREEDY)
     kernel.wait_output(cell, "on")
+    time.sleep(0.5)  # what is heard comes before what lets no thread run
     stuck = kernel.ask("debug_request", {"type": "request", "seq": 1, "command": "debugInfo"},
                        "control")  # fmt: skip
     for msg_type in ("kernel_info_request", "usage_request"):

@@ -58,7 +58,7 @@ def test_safe_a_terminal_is_not_moved_by_what_code_writes(host: VmHost):
     shown = in_terminal(host, "run", "-c", CODE, answer="me", VMKERNEL_OUTPUTS="safe")
     assert obeyed(shown) == []
     assert COLOUR + "red" in shown
-    assert "\nme\r\n" in shown
+    assert "me\r\n" in shown  # the terminal's own echo before it depends on who is quicker
     assert "ValueError" in shown
     assert shown.count("after") == len(OBEYED)
 
